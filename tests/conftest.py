@@ -1,0 +1,55 @@
+"""What every test shares: one thread, no network, and a tiny random Llama."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, transformers or datasets are imported: they read these once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, whichever tests ran before it in the process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> LlamaConfig:
+    """Two layers of grouped-query attention with a hidden size of 32 and 64 words."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_llama(tiny_config: LlamaConfig) -> LlamaForCausalLM:
+    """A fresh random Llama in float32, the same for every test; not frozen, in evaluation mode."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(tiny_config).eval()
