@@ -1,0 +1,149 @@
+"""The layout: what the wheel holds, what an import costs, and which way imports may point."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import moelora
+
+pytestmark = pytest.mark.smoke
+
+ROOT = Path(__file__).resolve().parents[1]
+MAPPED = ("experts", "model_cards", "routers", "trainers")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+
+
+def source_folders() -> dict[str, Path]:
+    """Package name to folder, for everything on disk that is a package (the typing links inside moelora/ are not)."""
+    folders = {"moelora": ROOT / "moelora"}
+    for init in (ROOT / "moelora").glob("*/__init__.py"):
+        if not init.parent.is_symlink():
+            folders[f"moelora.{init.parent.name}"] = init.parent
+    for name in MAPPED:
+        folders[f"moelora.{name}"] = ROOT / name
+    return folders
+
+
+def test_wheel_lists_every_package_on_disk() -> None:
+    assert sorted(SETUPTOOLS["packages"]) == sorted(source_folders())
+
+
+def test_folders_are_mapped_and_flat() -> None:
+    mapping = {"moelora": "moelora"} | {f"moelora.{name}": name for name in MAPPED}
+    assert SETUPTOOLS["package-dir"] == mapping
+    for package, folder in source_folders().items():
+        assert (folder / "__init__.py").is_file(), f"{folder} has no __init__.py"
+        if package != "moelora":
+            nested = [path for path in folder.rglob("*/*.py")]
+            assert not nested, f"{package} must stay flat: {nested}"
+
+
+def test_every_data_file_is_packaged() -> None:
+    patterns = SETUPTOOLS["package-data"]
+    for package, folder in source_folders().items():
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix not in {".py", ".pyc"}:
+                assert any(path.match(pattern) for pattern in patterns.get(package, [])), (
+                    f"{path.relative_to(ROOT)} would not be in the wheel: name it in package-data of {package}"
+                )
+
+
+def requirements() -> Iterator[Requirement]:
+    project = PYPROJECT["project"]
+    for text in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+        yield Requirement(text)
+
+
+def test_constraints_pin_exactly_the_direct_dependencies() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines) if version
+    }
+    assert set(pins) == {canonicalize_name(requirement.name) for requirement in requirements()}
+    for requirement in requirements():
+        pin = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} does not admit the pinned {pin}"
+
+
+@pytest.mark.parametrize("name", ["experts", "routers", "trainers"])
+def test_a_stray_import_from_the_root_is_refused(name: str) -> None:
+    """`import routers` would make a second copy of every class; relative imports make it fail."""
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "attempted relative import beyond top-level package" in done.stderr
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, module) of every import statement of a file; level 0 is absolute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_mapped_folders_import_the_package_relatively(name: str) -> None:
+    for path in (ROOT / name).glob("*.py"):
+        absolute = {module for level, module in imported_modules(path) if level == 0}
+        own = {module for module in absolute if module.split(".")[0] in {"moelora", *MAPPED}}
+        assert not own, f"{path.name} imports {own} absolutely"
+
+
+@pytest.mark.parametrize("folder", ["routers", "moelora/dispatch"])
+def test_tensor_rooms_know_tensors_only(folder: str) -> None:
+    """Routers and dispatch know neither Hugging Face nor the rooms above them."""
+    third_party = {"torch", "pydantic"}
+    lower = {"", "config", "registry", "routing", "errors"}
+    for path in (ROOT / folder).glob("*.py"):
+        for level, module in imported_modules(path):
+            top = module.split(".")[0]
+            if level == 0:
+                assert top in third_party or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+            elif level == 2:
+                assert module in lower, f"{path.name} imports ..{module}"
+
+
+PROBE = """
+import sys, time
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start, *sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("module", ["moelora", "moelora.cli.app"])
+def test_import_is_quick_and_light(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(module=module)], capture_output=True, text=True, check=True
+    )
+    seconds, *heavy = done.stdout.split()
+    assert not heavy, f"import {module} imports {heavy}"
+    assert float(seconds) < 3
+
+
+@pytest.mark.parametrize("name", moelora.__all__)
+def test_public_name_exists(name: str) -> None:
+    assert getattr(moelora, name) is not None
+    assert name in dir(moelora)
+
+
+def test_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        moelora.atach  # noqa: B018
+
+
+def test_python_files_stay_short() -> None:
+    for folder in source_folders().values():
+        for path in folder.glob("*.py"):
+            assert len(path.read_text().splitlines()) <= 500, f"{path.relative_to(ROOT)} is too long: split it"
