@@ -1,0 +1,12 @@
+"""Routers: one file per routing method. Importing this package registers the built-in ones."""
+
+from __future__ import annotations
+
+from ..registry import ROUTERS
+from . import switch, topk, topp
+from .base import LinearRouter, Router, RouterConfig
+
+names = ROUTERS.names
+get = ROUTERS.get
+
+__all__ = ["ROUTERS", "LinearRouter", "Router", "RouterConfig", "get", "names", "switch", "topk", "topp"]

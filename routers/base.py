@@ -1,0 +1,119 @@
+"""What every router offers, and the linear router that most methods start from.
+
+Shapes: D in, E experts, K picks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..config import Pluggable
+from ..routing import RouteInput, RoutingContext, RoutingRecord, SiteInfo
+
+
+class RouterConfig(Pluggable):
+    """Options that a router brings; subclasses add fields and set the default of ``kind``."""
+
+    def check(self, num_experts: int) -> None:
+        """Raise ``ValueError`` where the options do not fit ``num_experts`` experts."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Factor of each loss that :meth:`Router.losses` returns, by name."""
+        return {}
+
+
+ConfigT = TypeVar("ConfigT", bound=RouterConfig)
+
+
+class Router(nn.Module, Generic[ConfigT]):
+    """Hidden states in, a :class:`~moelora.routing.RoutingRecord` out.
+
+    A subclass writes :meth:`route`, and :meth:`losses` if it has any. ``route`` is pure: given its input and the
+    generator it always decides the same, it writes no buffer, it leaves its input alone, and it computes in float32.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[RouterConfig]]
+    needs_activations: ClassVar[bool] = False
+
+    def __init__(self, config: ConfigT, site: SiteInfo) -> None:
+        super().__init__()
+        config.check(site.num_experts)
+        self.config: ConfigT = config
+        self.site = site
+
+    def route(self, inputs: RouteInput) -> RoutingRecord:
+        """Decide for hidden states (..., D); see :class:`~moelora.routing.RoutingRecord` for the shapes."""
+        raise NotImplementedError
+
+    def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:
+        """Named scalar losses, unscaled, over the records of every site that shares this router's configuration."""
+        return {}
+
+    def on_step_end(self, load: Tensor) -> None:
+        """Called once per optimizer step with the step's (E,) selection counts of real tokens, summed over ranks."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters; a ``generator`` on the CPU makes them reproducible on any device."""
+
+    def extra_repr(self) -> str:
+        return f"kind={self.config.kind}, num_experts={self.site.num_experts}"
+
+
+class LinearRouterConfig(RouterConfig):
+    """Options that all linear routers share.
+
+    Attributes:
+        init_std: standard deviation of the initial router weights, N(0, init_std).
+        jitter: in training, router input is multiplied by U(1 - jitter, 1 + jitter), elementwise.
+        aux_loss_coef: factor of the load-balance loss. z_loss_coef: factor of the router z-loss.
+    """
+
+    init_std: Annotated[float, Field(ge=0)] = 0.02
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01
+    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+
+    def coefficients(self) -> dict[str, float]:
+        return {"load_balance": self.aux_loss_coef, "router_z": self.z_loss_coef}
+
+
+LinearConfigT = TypeVar("LinearConfigT", bound=LinearRouterConfig)
+
+
+class LinearRouter(Router[LinearConfigT]):
+    """Router whose logits are ``x @ weight.T`` in float32, without bias.
+
+    Parameters:
+        weight: (E, D).
+    """
+
+    def __init__(self, config: LinearConfigT, site: SiteInfo) -> None:
+        super().__init__(config, site)
+        self.weight = nn.Parameter(torch.empty(site.num_experts, site.in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        with torch.no_grad():
+            drawn = torch.empty(self.weight.shape, dtype=torch.float32)
+            self.weight.copy_(nn.init.normal_(drawn, std=self.config.init_std, generator=generator))
+
+    def logits(self, inputs: RouteInput) -> tuple[Tensor, Tensor | None]:
+        """(..., E) float32 logits, and the jitter that was applied (..., D), if any."""
+        hidden = inputs.hidden_states.float()
+        noise = None
+        if self.training and self.config.jitter > 0:
+            noise = self._jitter(hidden, inputs)
+            hidden = hidden * noise
+        return F.linear(hidden, self.weight.float()), noise
+
+    def _jitter(self, hidden: Tensor, inputs: RouteInput) -> Tensor:
+        if inputs.replay is not None and inputs.replay.noise is not None:
+            return inputs.replay.noise
+        j = self.config.jitter
+        return torch.empty_like(hidden).uniform_(1 - j, 1 + j, generator=inputs.context.generator)

@@ -1,0 +1,89 @@
+"""Switch routing of MixLoRA: one expert per token, each with room for a fixed number of tokens of a sequence.
+
+Source: TUDB-Labs/MoE-PEFT 40f8cb7, ``mixlora-switch``; Fedus et al. 2021 (arXiv 2101.03961). A token over capacity
+passes through: its output is its own block input times its probability. In inference the released code returns the
+block input for every token; ours computes the same function in training and inference. Padding takes no room and
+enters no loss here, while it does both there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..registry import ROUTERS
+from ..routing import RouteInput, RoutingContext, RoutingRecord
+from .base import LinearRouter, LinearRouterConfig
+from .losses import load_balance, router_z
+from .topk import top_indices
+
+
+class SwitchConfig(LinearRouterConfig):
+    """Options of ``switch``.
+
+    Attributes:
+        expert_capacity: tokens of one sequence that an expert takes; ``None`` means no limit. With a KV cache each
+            forward counts anew, so generation with a finite capacity is not the function of the whole sequence.
+    """
+
+    kind: str = "switch"
+    init_std: Annotated[float, Field(ge=0)] = 1.0
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    z_loss_coef: Annotated[float, Field(ge=0)] = 0.001
+    expert_capacity: Annotated[int, Field(ge=1)] | None = 32
+
+
+@ROUTERS.register("switch", "mixlora-switch")
+class SwitchRouter(LinearRouter[SwitchConfig]):
+    """Weights (..., 1) = the largest probability; over capacity the index is -1 and the probability is ``residual``."""
+
+    Config = SwitchConfig
+
+    def route(self, inputs: RouteInput) -> RoutingRecord:
+        logits, noise = self.logits(inputs)
+        probs = logits.softmax(dim=-1)
+        indices = inputs.replay.indices if inputs.replay is not None else None
+        if indices is None:
+            indices = self._admit(top_indices(probs, 1), inputs.context.token_mask)
+        admitted = (indices >= 0).squeeze(-1)
+        top_prob = probs.max(dim=-1).values
+        return RoutingRecord(
+            indices=indices,
+            weights=(top_prob * admitted).unsqueeze(-1),
+            num_experts=self.site.num_experts,
+            logits=logits,
+            probs=probs,
+            residual=top_prob * ~admitted,
+            noise=noise,
+        )
+
+    def _admit(self, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
+        """(..., S, 1) chosen experts with -1 where the expert's queue of the sequence is already full."""
+        if self.config.expert_capacity is None:
+            return chosen
+        one_hot = F.one_hot(chosen.squeeze(-1), self.site.num_experts)
+        if token_mask is not None and token_mask.shape == one_hot.shape[:-1]:
+            one_hot = one_hot * token_mask.unsqueeze(-1)
+        place = (one_hot.cumsum(dim=-2) * one_hot).sum(dim=-1, keepdim=True)
+        return chosen.masked_fill(place > self.config.expert_capacity, -1)
+
+    def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:
+        """``load_balance`` counts every token's choice, admitted or not: ``E * sum_e f_e q_e``; and ``router_z``."""
+        choices = [_with_choices(record) for record in records]
+        return {"load_balance": load_balance(choices, context), "router_z": router_z(records)}
+
+
+def _with_choices(record: RoutingRecord) -> RoutingRecord:
+    assert record.probs is not None
+    return RoutingRecord(
+        indices=top_indices(record.probs, 1),
+        weights=record.weights,
+        num_experts=record.num_experts,
+        probs=record.probs,
+        mask=record.mask,
+    )
+
+
