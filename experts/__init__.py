@@ -1,0 +1,28 @@
+"""Experts: parameterisations of one expert bank, and the two containers that put a bank and a router at a site."""
+
+from __future__ import annotations
+
+from ..registry import EXPERTS
+from . import lora
+from .bank import ExpertBank, ExpertsConfig
+from .block import BlockContainer
+from .build import build, is_linear
+from .container import Container
+from .linear import LinearContainer
+
+names = EXPERTS.names
+get = EXPERTS.get
+
+__all__ = [
+    "EXPERTS",
+    "BlockContainer",
+    "Container",
+    "ExpertBank",
+    "ExpertsConfig",
+    "LinearContainer",
+    "build",
+    "get",
+    "is_linear",
+    "lora",
+    "names",
+]

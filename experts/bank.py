@@ -1,0 +1,121 @@
+"""The expert bank: all experts of one projection, stacked on the rank axis.
+
+Shapes: D in, O out, E experts, R stacked rank (sum of the experts' ranks).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..config import Pluggable
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class ExpertsConfig(Pluggable):
+    """Options that every low-rank expert kind shares.
+
+    Attributes:
+        num_experts: E.
+        r: rank of every expert, or one rank per expert.
+        alpha: numerator of the scale, for all or per expert; the kind says what divides it.
+        dropout: probability of dropping an input feature of ``lora_A`` in training. One mask per token and projection,
+            shared by the experts of the token (the released MixLoRA draws one per expert as well).
+        init: how ``lora_A`` starts: ``kaiming`` is uniform with a = sqrt(5) as in PEFT, ``gaussian`` is N(0, 1/r).
+            ``lora_B`` starts at zero.
+    """
+
+    num_experts: PositiveInt = 8
+    r: PositiveInt | list[PositiveInt] = 16
+    alpha: PositiveFloat | list[PositiveFloat] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+
+    @model_validator(mode="after")
+    def _one_per_expert(self) -> ExpertsConfig:
+        for name in ("r", "alpha"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.num_experts:
+                raise ValueError(f"{name} lists {len(value)} values for {self.num_experts} experts: give one each")
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(self.r) if isinstance(self.r, list) else (self.r,) * self.num_experts
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        return tuple(self.alpha) if isinstance(self.alpha, list) else (self.alpha,) * self.num_experts
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Factor of each expert's update."""
+        raise NotImplementedError
+
+
+class ExpertBank(nn.Module):
+    """Stacked low-rank experts of one projection: ``lora_A`` (R, D), ``lora_B`` (O, R).
+
+    Attributes:
+        ranks: rank of each expert. expert_scale: run-time factor of each expert's update, 1.0 unless set through
+            :meth:`~moelora.mixture.MoELoRAModel.expert_scale`; it is not saved.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[ExpertsConfig]] = ExpertsConfig
+
+    def __init__(self, config: ExpertsConfig, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.config = config
+        self.ranks = config.ranks
+        self.expert_scale: tuple[float, ...] = (1.0,) * config.num_experts
+        total = sum(self.ranks)
+        self.lora_A = nn.Parameter(torch.empty(total, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, total))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """``lora_A`` as ``init`` says, each expert by itself; ``lora_B`` zero."""
+        start = 0
+        with torch.no_grad():
+            drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
+            for rank in self.ranks:
+                rows = drawn[start : start + rank]
+                if self.config.init == "kaiming":
+                    nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
+                else:
+                    nn.init.normal_(rows, std=1 / rank, generator=generator)
+                start += rank
+            self.lora_A.copy_(drawn)
+            self.lora_B.zero_()
+
+    def scale(self, like: Tensor) -> float | Tensor:
+        """The factor of the update: one number where all experts agree, else (R,) in ``like``'s dtype and device."""
+        each = [s * f for s, f in zip(self.config.scales, self.expert_scale, strict=True)]
+        if len(set(each)) == 1:
+            return each[0]
+        return torch.tensor(
+            [s for s, rank in zip(each, self.ranks, strict=True) for _ in range(rank)],
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+    def dropped(self, hidden_states: Tensor) -> Tensor:
+        """The input after dropout, in training."""
+        return F.dropout(hidden_states, self.config.dropout, self.training and self.config.dropout > 0)
+
+    def low(self, hidden_states: Tensor) -> Tensor:
+        """(..., R) ``scale * dropout(x) A^T``."""
+        x = self.dropped(hidden_states)
+        return F.linear(x, self.lora_A.to(x.dtype)) * self.scale(x)
+
+    def extra_repr(self) -> str:
+        ranks = self.ranks[0] if len(set(self.ranks)) == 1 else self.ranks
+        return f"kind={self.config.kind}, num_experts={len(self.ranks)}, r={ranks}"

@@ -1,0 +1,145 @@
+"""Block site: routing once before an FFN, each expert adapting its projections, the frozen projections run once.
+
+Shapes: B batch, S sequence, T = B·S tokens, D width of the block, F width between the projections, K picks, R stacked
+rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SiteConfig
+from ..dispatch import block as dispatch
+from ..errors import ConfigError
+from ..routing import RoutingRecord, RoutingSlot, SiteInfo
+from .bank import ExpertBank
+from .container import Container
+from .ffn import FFNSpec, linear_shape, split_halves, trace_ffn
+
+
+class BlockContainer(Container):
+    """A frozen FFN with experts inside: ``y = W2 (sum_e w_e a_e) + sum_e w_e s B2e A2e a_e``.
+
+    a_e is the activation of expert e, ``act(W1 x + s B1e A1e x) * (W3 x + s B3e A3e x)``. W1 x and W3 x are computed
+    once, and so is W2, because it is linear: three frozen matrix products for any top_k.
+
+    Parameters:
+        experts.<projection>.lora_A: (R, in). experts.<projection>.lora_B: (out, R). router.*: see the router.
+
+    Attributes:
+        implementation: name of the dispatch implementation, ``"sorted"`` or ``"reference"``.
+    """
+
+    experts: nn.ModuleDict
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: SiteConfig,
+        site: SiteInfo,
+        slot: RoutingSlot,
+        group: int = 0,
+        spec: FFNSpec | None = None,
+    ) -> None:
+        super().__init__(base, config, site, slot, group)
+        self.spec = trace_ffn(base, site.name) if spec is None else spec
+        self.implementation = "sorted"
+        wanted = self.spec.projections if config.projections is None else config.projections
+        unknown = [name for name in wanted if name not in self.spec.projections]
+        if unknown:
+            raise ConfigError(
+                f"site {site.name!r}: projections {unknown} are not in this block; it has {self.spec.projections}"
+            )
+        self.experts = nn.ModuleDict()
+        for name in wanted:
+            self.experts[name.replace(".", "__")] = self.new_bank(*linear_shape(base.get_submodule(name)))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        if not self.slot.enabled:
+            return self.base(hidden_states)  # type: ignore[no-any-return]
+        record = self.decide(hidden_states)
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        inputs, indices_TK = self._inputs(x_TD, record)
+        normalized = record is None or record.normalized
+        mix_TF, low_TR = dispatch.IMPLEMENTATIONS[self.implementation](
+            inputs, indices_TK, self.config.experts.ranks, self.base.get_submodule(self.spec.activation), normalized
+        )
+        if self.spec.inner_dropout is not None:
+            mix_TF = self.base.get_submodule(self.spec.inner_dropout)(mix_TF)
+        down = self.base.get_submodule(self.spec.down)
+        out_TD = down(mix_TF)
+        if not normalized and getattr(down, "bias", None) is not None:
+            out_TD = out_TD + (inputs.weights_TK.sum(-1, keepdim=True) - 1) * down.bias
+        bank = self._bank(self.spec.down)
+        if bank is not None and low_TR is not None:
+            delta = F.linear(low_TR * bank.scale(low_TR), bank.lora_B.to(low_TR.dtype))
+            out_TD = out_TD + delta.to(out_TD.dtype)
+        if record is not None and record.residual is not None:
+            out_TD = out_TD + record.residual.reshape(-1, 1).to(out_TD.dtype) * x_TD
+        if self.spec.outer_dropout is not None:
+            out_TD = self.base.get_submodule(self.spec.outer_dropout)(out_TD)
+        return out_TD.reshape(hidden_states.shape)  # type: ignore[no-any-return]
+
+    def _inputs(self, x_TD: Tensor, record: RoutingRecord | None) -> tuple[dispatch.BlockInputs, Tensor]:
+        spec = self.spec
+        activated = self.base.get_submodule(spec.activated)(x_TD)
+        multiplied = None
+        low = self._low(spec.activated, x_TD, activated.dtype)
+        B = self._lora_B(spec.activated, activated.dtype)
+        low_multiplied, B_multiplied = None, None
+        if spec.fused:
+            activated, multiplied = split_halves(activated, spec)
+            if B is not None:
+                rows = B.chunk(2, dim=0)
+                B, B_multiplied = rows[spec.activated_half], rows[1 - spec.activated_half]
+                low_multiplied = low
+        elif spec.multiplied is not None:
+            multiplied = self.base.get_submodule(spec.multiplied)(x_TD)
+            low_multiplied = self._low(spec.multiplied, x_TD, activated.dtype)
+            B_multiplied = self._lora_B(spec.multiplied, activated.dtype)
+        if record is None:
+            indices_TK = torch.zeros(x_TD.shape[0], 1, dtype=torch.long, device=x_TD.device)
+            weights_TK = activated.new_ones(x_TD.shape[0], 1)
+        else:
+            indices_TK, weights_TK = _slots(record)
+        bank = self._bank(spec.down)
+        keep = None
+        if bank is not None and bank.training and bank.config.dropout > 0:
+            keep = bank.dropped(torch.ones_like(activated))
+        inputs = dispatch.BlockInputs(
+            activated_TF=activated,
+            multiplied_TF=multiplied,
+            low_activated_TR=low,
+            B_activated_FR=B,
+            low_multiplied_TR=low_multiplied,
+            B_multiplied_FR=B_multiplied,
+            A_down_RF=None if bank is None else bank.lora_A.to(activated.dtype),
+            weights_TK=weights_TK.to(activated.dtype),
+            keep_TF=keep,
+        )
+        return inputs, indices_TK
+
+    def _bank(self, projection: str) -> ExpertBank | None:
+        name = projection.replace(".", "__")
+        return self.experts[name] if name in self.experts else None  # type: ignore[return-value]
+
+    def _low(self, projection: str, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
+        bank = self._bank(projection)
+        return None if bank is None else bank.low(x_TD).to(dtype)
+
+    def _lora_B(self, projection: str, dtype: torch.dtype) -> Tensor | None:
+        bank = self._bank(projection)
+        return None if bank is None else bank.lora_B.to(dtype)
+
+
+def _slots(record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    """(T, K) expert indices and weights; dense routing fills one slot per expert."""
+    if record.indices is None:
+        weights_TE = record.dense_weights().reshape(-1, record.num_experts)
+        every = torch.arange(record.num_experts, device=weights_TE.device)
+        return every.expand_as(weights_TE), weights_TE
+    slots = record.indices.shape[-1]
+    return record.indices.reshape(-1, slots), record.weights.reshape(-1, slots)

@@ -1,0 +1,59 @@
+"""Build the container that fits a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SiteConfig
+from ..routing import RoutingSlot, SiteInfo
+from .block import BlockContainer
+from .container import Container
+from .ffn import is_linear, linear_shape, trace_ffn
+from .linear import LinearContainer
+
+
+def build(
+    base: nn.Module,
+    config: SiteConfig | dict[str, Any],
+    *,
+    name: str = "",
+    layer: int | None = None,
+    slot: RoutingSlot | None = None,
+    group: int = 0,
+) -> Container:
+    """Put experts and a router around ``base``: a linear becomes a linear site, an FFN block a block site.
+
+    The new tensors are float32 on the device of ``base``. ``base`` itself is left as it is: freeze it, or not.
+
+    Args:
+        config: the site; ``target`` and ``layers`` are of no matter here.
+        name, layer: where the container will sit. slot: shared with the other containers of a mixture.
+
+    Raises:
+        ConfigError: the options do not hold together, or ``base`` is neither a linear nor an FFN block.
+    """
+    if not isinstance(config, SiteConfig):
+        config = SiteConfig.parse(config)
+    slot = RoutingSlot() if slot is None else slot
+    experts = config.experts
+    if is_linear(base):
+        site = SiteInfo(name, layer, *linear_shape(base), experts.ranks, experts.scales)
+        container: Container = LinearContainer(base, config, site, slot, group)
+    else:
+        spec = trace_ffn(base, name)
+        site = SiteInfo(name, layer, spec.hidden_size, spec.hidden_size, experts.ranks, experts.scales)
+        container = BlockContainer(base, config, site, slot, group, spec)
+    device = _device(base)
+    container.experts.to(device)
+    if container.router is not None:
+        container.router.to(device)
+    container.train(base.training)
+    return container
+
+
+def _device(base: nn.Module) -> torch.device:
+    tensor: Tensor | None = next(base.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,75 @@
+"""What the two containers share: the frozen base, the router, the slot, and the names of the adapter's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import SiteConfig
+from ..registry import EXPERTS, ROUTERS
+from ..routers.base import Router
+from ..routing import RouteInput, RoutingRecord, RoutingSlot, SiteInfo
+from .bank import ExpertBank
+
+
+class Container(nn.Module):
+    """A frozen base layer with a bank of experts and a router in its place in the backbone.
+
+    Attributes:
+        base: the layer that was there, untouched. experts: the bank, or the banks by projection.
+        router: ``None`` for a single expert that is always on.
+        slot: shared by all containers of a mixture; see :class:`~moelora.routing.RoutingSlot`.
+        group: index of the site configuration that this container came from; containers of one group share the
+            configuration of their router, and its losses are pooled over them.
+    """
+
+    base: nn.Module
+    experts: nn.Module
+    router: Router[Any] | None
+
+    def __init__(self, base: nn.Module, config: SiteConfig, site: SiteInfo, slot: RoutingSlot, group: int) -> None:
+        super().__init__()
+        self.base = base
+        self.config = config
+        self.site = site
+        self.slot = slot
+        self.group = group
+        self.router = None if config.router is None else ROUTERS.create(config.router.kind, config.router, site)
+
+    def new_bank(self, in_features: int, out_features: int) -> ExpertBank:
+        bank: ExpertBank = EXPERTS.create(self.config.experts.kind, self.config.experts, in_features, out_features)
+        return bank
+
+    def decide(self, hidden_states: Tensor, activations: Tensor | None = None) -> RoutingRecord | None:
+        """Route, and publish the record to whoever listens; ``None`` without a router.
+
+        The padding mask is kept with the record where its shape is that of the tokens.
+        """
+        if self.router is None:
+            return None
+        context = self.slot.context
+        replay = self.slot.next_replay()
+        record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
+        mask = context.token_mask
+        if mask is not None and mask.shape == hidden_states.shape[:-1]:
+            record.mask = mask
+        self.slot.publish(self.site, record)
+        return record
+
+    def banks(self) -> Iterator[ExpertBank]:
+        """The expert banks of this site."""
+        for module in self.experts.modules():
+            if isinstance(module, ExpertBank):
+                yield module
+
+    def adapter_tensors(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by their name in a checkpoint: ``lora_A``, ``up_proj.lora_B``, ``router.weight``."""
+        parts: list[tuple[str, nn.Module]] = [("", self.experts)]
+        if self.router is not None:
+            parts.append(("router.", self.router))
+        return {prefix + name: value for prefix, module in parts for name, value in module.named_parameters()}
+
+    def extra_repr(self) -> str:
+        return f"site={self.site.name!r}"
