@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_every_data_file_is_packaged() -> None:
 
 def requirements() -> Iterator[Requirement]:
     project = PYPROJECT["project"]
-    for text in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    for text in [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]:
         yield Requirement(text)
 
 
