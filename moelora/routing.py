@@ -92,7 +92,7 @@ class RouteInput:
         context: what the caller knows about the batch.
         site: where the router sits.
         replay: the decision of an earlier forward that is being recomputed (gradient checkpointing). A router takes
-            its ``indices`` and ``noise`` instead of selecting or drawing again, and recomputes everything else.
+            its ``indices`` instead of selecting again, draws through :meth:`draw`, and recomputes everything else.
     """
 
     hidden_states: Tensor
@@ -100,6 +100,20 @@ class RouteInput:
     context: RoutingContext
     site: SiteInfo
     replay: Decision | None = None
+
+    def draw(self, sample: Callable[[torch.Generator | None], Tensor]) -> Tensor:
+        """Random numbers that a recomputation gets again.
+
+        Checkpointing rewinds the global generator by itself, so there ``sample`` simply runs again, which also keeps
+        later draws in step; a generator of the context is not rewound, so its numbers are taken from the record.
+        """
+        if self.replay is not None and self.replay.noise is not None:
+            return self.replay.noise
+        return sample(self.context.generator)
+
+    def to_replay(self, noise: Tensor) -> Tensor | None:
+        """What a record keeps of drawn numbers: nothing if the global generator drew them."""
+        return None if self.context.generator is None else noise
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ class RoutingRecord:
         normalized: the weights of every token sum to 1 by construction; a block site then equals its frozen block bit
             for bit while all updates are zero.
         residual: (...,) weight of the site's own input in the output of a block site (Switch's tokens over capacity).
-        noise: what was drawn, for replay.
+        noise: what was drawn from the context's own generator, for replay.
         mask: (...) bool, real tokens, or ``None`` if all are real.
     """
 

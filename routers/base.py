@@ -104,16 +104,13 @@ class LinearRouter(Router[LinearConfigT]):
             self.weight.copy_(nn.init.normal_(drawn, std=self.config.init_std, generator=generator))
 
     def logits(self, inputs: RouteInput) -> tuple[Tensor, Tensor | None]:
-        """(..., E) float32 logits, and the jitter that was applied (..., D), if any."""
+        """(..., E) float32 logits, and the jitter (..., D) that a recomputation must repeat, if any."""
         hidden = inputs.hidden_states.float()
-        noise = None
-        if self.training and self.config.jitter > 0:
-            noise = self._jitter(hidden, inputs)
-            hidden = hidden * noise
-        return F.linear(hidden, self.weight.float()), noise
+        if not self.training or self.config.jitter == 0:
+            return F.linear(hidden, self.weight.float()), None
+        noise = self._jitter(hidden, inputs)
+        return F.linear(hidden * noise, self.weight.float()), inputs.to_replay(noise)
 
     def _jitter(self, hidden: Tensor, inputs: RouteInput) -> Tensor:
-        if inputs.replay is not None and inputs.replay.noise is not None:
-            return inputs.replay.noise
-        j = self.config.jitter
-        return torch.empty_like(hidden).uniform_(1 - j, 1 + j, generator=inputs.context.generator)
+        low, high = 1 - self.config.jitter, 1 + self.config.jitter
+        return inputs.draw(lambda generator: torch.empty_like(hidden).uniform_(low, high, generator=generator))
