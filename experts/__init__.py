@@ -6,8 +6,9 @@ from ..registry import EXPERTS
 from . import lora
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
-from .build import build, is_linear
+from .build import build
 from .container import Container
+from .ffn import is_linear
 from .linear import LinearContainer
 
 names = EXPERTS.names

@@ -72,7 +72,8 @@ class BlockContainer(Container):
         down = self.base.get_submodule(self.spec.down)
         out_TD = down(mix_TF)
         if not normalized and getattr(down, "bias", None) is not None:
-            out_TD = out_TD + (inputs.weights_TK.sum(-1, keepdim=True) - 1) * down.bias
+            bias: Tensor = down.bias  # type: ignore[assignment]
+            out_TD = out_TD + (inputs.weights_TK.sum(-1, keepdim=True) - 1) * bias
         bank = self._bank(self.spec.down)
         if bank is not None and low_TR is not None:
             delta = F.linear(low_TR * bank.scale(low_TR), bank.lora_B.to(low_TR.dtype))
@@ -124,7 +125,7 @@ class BlockContainer(Container):
 
     def _bank(self, projection: str) -> ExpertBank | None:
         name = projection.replace(".", "__")
-        return self.experts[name] if name in self.experts else None  # type: ignore[return-value]
+        return self.experts[name] if name in self.experts else None  # type: ignore[return-value]  # noqa: SIM401
 
     def _low(self, projection: str, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
         bank = self._bank(projection)

@@ -1,8 +1,8 @@
 """How an FFN block is put together, found out by running it once with one token and watching its parts.
 
-No table of model types: a block is understood if it is ``down(act(p))`` or ``down(act(p) * u)`` with p and u the outputs
-of one or two linears, whatever their names and whether or not they are fused. The finding is checked against the
-block's own output.
+No table of model types: a block is understood if it is ``down(act(p))`` or ``down(act(p) * u)`` with p and u the
+outputs of one or two linears, whatever their names and whether or not they are fused. The finding is checked against
+the block's own output.
 
 Shapes: D width of the block's input and output, F width between the projections.
 """
@@ -94,7 +94,9 @@ def trace_ffn(block: nn.Module, name: str) -> FFNSpec:
                 return _interpret(block, name, probe, seen, linears)
     finally:
         block.train(was_training)
-    raise ConfigError(f"site {name!r} ({type(block).__name__}) does not take hidden states of any of its linears' widths")
+    raise ConfigError(
+        f"site {name!r} ({type(block).__name__}) does not take hidden states of any of its linears' widths"
+    )
 
 
 @dataclass
@@ -126,14 +128,14 @@ def _watch(block: nn.Module, probe: Tensor, linears: dict[str, nn.Module]) -> _S
     return _Seen(calls, output) if isinstance(output, Tensor) else None
 
 
-def _interpret(
-    block: nn.Module, name: str, probe: Tensor, seen: _Seen, linears: dict[str, nn.Module]
-) -> FFNSpec:
+def _interpret(block: nn.Module, name: str, probe: Tensor, seen: _Seen, linears: dict[str, nn.Module]) -> FFNSpec:
     order = [call for call in seen.calls if call[0] in linears]
     down = order[-1]
     first = order[:-1]
     inner = linear_shape(down[1])[0]
-    acts = [c for c in seen.calls if c[0] not in linears and not isinstance(c[1], nn.Dropout) and c[2].shape[-1] == inner]
+    acts = [
+        c for c in seen.calls if c[0] not in linears and not isinstance(c[1], nn.Dropout) and c[2].shape[-1] == inner
+    ]
     dropouts = {
         "inner" if c[2].shape[-1] == inner and torch.equal(c[2], down[2]) else "outer": c[0]
         for c in seen.calls

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from .config import BackboneConfig, MixtureConfig, Recipe, SiteConfig, load_recipe, parse_slice
+from .config import BackboneConfig, MixtureConfig, Recipe, load_recipe
 from .errors import ConfigError
-from .experts import BlockContainer, Container, build
+from .experts import Container, build
 from .routing import RoutingContext, RoutingRecord, RoutingSlot, SiteInfo, Tape
+from .sites import layer_of, match_sites, refuse_overlaps
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class MoELoRAModel(PreTrainedModel):
         self.tokenizer: Any = None
         self.config = backbone.config
         self.name_or_path = backbone.name_or_path
-        self.generation_config = getattr(backbone, "generation_config", None)
-        self.loss_type = getattr(backbone, "loss_type", None)
+        self.loss_type = backbone.loss_type
+        if backbone.can_generate():
+            self.generation_config = backbone.generation_config
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         self._no_split_modules = backbone._no_split_modules
@@ -62,7 +63,7 @@ class MoELoRAModel(PreTrainedModel):
             f"backbone.{a}": f"backbone.{b}" for a, b in getattr(backbone, "all_tied_weights_keys", {}).items()
         }
         ignored = list(getattr(self.config, "keys_to_ignore_at_inference", ["past_key_values"]))
-        self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses"])]
+        self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
         self._contexts: list[RoutingContext] = []
         backbone.register_forward_pre_hook(self._enter, with_kwargs=True)
         backbone.register_forward_hook(self._leave, always_call=True)
@@ -138,8 +139,8 @@ class MoELoRAModel(PreTrainedModel):
 
         Returns:
             The backbone's output with ``aux_losses``, a dict of unscaled scalars, and, with labels, ``task_loss`` and
-            ``loss = task_loss + sum of coefficient * auxiliary loss``. Under gradient accumulation
-            (``num_items_in_batch`` or ``step_load``) the auxiliary part carries this batch's share of the step.
+            ``loss = task_loss + aux_share * sum of coefficient * auxiliary loss``. ``aux_share`` is 1, or under
+            gradient accumulation (``num_items_in_batch`` or ``step_load``) this batch's share of the step.
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         kwargs.update({name: value for name, value in named.items() if value is not None})
@@ -174,6 +175,7 @@ class MoELoRAModel(PreTrainedModel):
                 share = (labels[..., 1:] != -100).sum() / num_items
             task_loss = output["loss"]
             output["task_loss"] = task_loss
+            output["aux_share"] = share
             output["loss"] = task_loss + share * total
         return output
 
@@ -285,7 +287,8 @@ class MoELoRAModel(PreTrainedModel):
         return self.backbone.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_output_embeddings()  # type: ignore[no-any-return]
+        head: nn.Module | None = self.backbone.get_output_embeddings()
+        return head
 
     def activation_checkpointing_enable(
         self,
@@ -396,7 +399,7 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
             "one by one with moelora.experts.build"
         )
     matched = [match_sites(backbone, site) for site in config.sites]
-    _refuse_overlaps(config, matched)
+    refuse_overlaps(matched)
     backbone.requires_grad_(False)
     slot = RoutingSlot()
     for group, (site, paths) in enumerate(zip(config.sites, matched, strict=True)):
@@ -455,7 +458,8 @@ def from_pretrained(
     declared = {name: tuple(value.shape) for name, value in model.adapter_tensors().items()}
     model.load_adapter_state(stored.tensors(declared))
     model.tokenizer = tokenizer
-    return model.eval()
+    model.train(False)
+    return model
 
 
 @contextmanager
@@ -474,61 +478,6 @@ def trace(model: nn.Module) -> Iterator[Tape]:
         for slot in slots.values():
             stack.enter_context(slot.using(listener=listener))
         yield tape
-
-
-def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
-    """Paths of the modules that a site configuration names, in the order of the backbone.
-
-    Raises:
-        ConfigError: a target, or the layer filter, leaves nothing; the message lists names that exist.
-    """
-    paths = [path for path, _ in backbone.named_modules() if path]
-    layers = sorted({layer for path in paths if (layer := layer_of(path)) is not None})
-    if isinstance(site.layers, str):
-        wanted = set(layers[parse_slice(site.layers)])
-    else:
-        wanted = {layer + len(layers) if layer < 0 else layer for layer in site.layers or layers}
-    result: list[str] = []
-    for target in site.target:
-        hits = [path for path in paths if _matches(path, target)]
-        if not hits:
-            endings = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-            named = ", ".join(ending for ending in endings if not ending.isdigit())
-            raise ConfigError(f"target {target!r} matches no module of {type(backbone).__name__}; it has: {named}")
-        kept = hits if site.layers is None else [path for path in hits if layer_of(path) in wanted]
-        if not kept:
-            raise ConfigError(f"layers {site.layers!r} leave no match for target {target!r}: layers are {layers}")
-        result += kept
-    return sorted(dict.fromkeys(result), key=paths.index)
-
-
-def _matches(path: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return re.fullmatch(target[3:], path) is not None
-    return path == target or path.endswith("." + target)
-
-
-def layer_of(path: str) -> int | None:
-    """The first number in a module path: the index of its layer."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def _refuse_overlaps(config: MixtureConfig, matched: list[list[str]]) -> None:
-    claimed: dict[str, int] = {}
-    for group, paths in enumerate(matched):
-        for path in paths:
-            if path in claimed:
-                raise ConfigError(f"{path!r} is claimed by sites.{claimed[path]} and sites.{group}: name it in one")
-            claimed[path] = group
-    for path in claimed:
-        parent = path.rpartition(".")[0]
-        while parent:
-            if parent in claimed:
-                raise ConfigError(
-                    f"{path!r} (sites.{claimed[path]}) lies inside {parent!r} (sites.{claimed[parent]}): a block site "
-                    "already adapts its projections; drop one of the two"
-                )
-            parent = parent.rpartition(".")[0]
 
 
 def describe_backbone(backbone: PreTrainedModel) -> BackboneConfig:

@@ -202,7 +202,8 @@ class RoutingRecord:
                 dense = self.dense_weights()
                 probs = dense / dense.sum(-1, keepdim=True).clamp_min(torch.finfo(dense.dtype).tiny)
             each = torch.special.entr(probs).sum(-1)
-            return each.mean() if mask is None else each[mask].mean()
+            kept: Tensor = each if mask is None else each[mask]
+            return kept.mean()
 
 
 @dataclass

@@ -55,6 +55,10 @@ class Router(nn.Module, Generic[ConfigT]):
         """Named scalar losses, unscaled, over the records of every site that shares this router's configuration."""
         return {}
 
+    def balance_counts(self, record: RoutingRecord) -> Tensor:
+        """(E,) float64: how often real tokens picked each expert, as the load-balance loss counts it."""
+        return record.counts()
+
     def on_step_end(self, load: Tensor) -> None:
         """Called once per optimizer step with the step's (E,) selection counts of real tokens, summed over ranks."""
 

@@ -75,6 +75,9 @@ class SwitchRouter(LinearRouter[SwitchConfig]):
         choices = [_with_choices(record) for record in records]
         return {"load_balance": load_balance(choices, context), "router_z": router_z(records)}
 
+    def balance_counts(self, record: RoutingRecord) -> Tensor:
+        return _with_choices(record).counts()
+
 
 def _with_choices(record: RoutingRecord) -> RoutingRecord:
     assert record.probs is not None
@@ -85,5 +88,3 @@ def _with_choices(record: RoutingRecord) -> RoutingRecord:
         probs=record.probs,
         mask=record.mask,
     )
-
-

@@ -32,7 +32,9 @@ class TopKConfig(LinearRouterConfig):
 
     def check(self, num_experts: int) -> None:
         if self.top_k > num_experts:
-            raise ValueError(f"router.top_k is {self.top_k} but there are {num_experts} experts: choose 1..{num_experts}")
+            raise ValueError(
+                f"router.top_k is {self.top_k} but there are {num_experts} experts: choose 1..{num_experts}"
+            )
 
 
 @ROUTERS.register("topk", "mixlora")

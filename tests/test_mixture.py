@@ -238,9 +238,7 @@ def test_reentrant_checkpointing_is_refused(tiny_llama: LlamaForCausalLM) -> Non
 
 @pytest.mark.parametrize("kind", ["topk", "topp", "switch"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_appended_padding_changes_no_loss_and_no_gradient(
-    tiny_llama: LlamaForCausalLM, kind: str, side: str
-) -> None:
+def test_appended_padding_changes_no_loss_and_no_gradient(tiny_llama: LlamaForCausalLM, kind: str, side: str) -> None:
     ids, mask, labels = batch()
     router = {"kind": kind, "aux_loss_coef": 0.5, "z_loss_coef": 0.1, "jitter": 0.0}
     model = randomize(moelora.attach(tiny_llama, with_router(router))).train()
@@ -314,7 +312,9 @@ def test_sampling_and_beams(tiny_llama: LlamaForCausalLM) -> None:
     torch.manual_seed(1)
     first = model.generate(ids, do_sample=True, max_new_tokens=5, min_new_tokens=5, num_return_sequences=2)
     torch.manual_seed(1)
-    assert torch.equal(first, model.generate(ids, do_sample=True, max_new_tokens=5, min_new_tokens=5, num_return_sequences=2))
+    assert torch.equal(
+        first, model.generate(ids, do_sample=True, max_new_tokens=5, min_new_tokens=5, num_return_sequences=2)
+    )
     beams = {
         cache: model.generate(ids, num_beams=3, max_new_tokens=5, min_new_tokens=5, use_cache=cache)
         for cache in (True, False)
@@ -392,7 +392,10 @@ def test_layers_filter(tiny_llama: LlamaForCausalLM) -> None:
         ([{"target": "self_attn", "experts": {"num_experts": 1}}], ["self_attn", "neither a linear nor an FFN"]),
         ([{"target": "mlp", "projections": ["fc1"], "experts": {"num_experts": 1}}], ["fc1", "gate_proj"]),
         ([{"target": "mlp", "experts": {"num_experts": 4}}], ["sites.0", "no router", "topk"]),
-        ([{"target": "mlp", "experts": {"num_experts": 2}, "router": {"kind": "topk", "top_k": 3}}], ["top_k", "3", "1..2"]),
+        (
+            [{"target": "mlp", "experts": {"num_experts": 2}, "router": {"kind": "topk", "top_k": 3}}],
+            ["top_k", "3", "1..2"],
+        ),
         ([{"target": "mlp", "experts": {"num_experts": 1}}] * 2, ["sites.0", "sites.1", "claimed"]),
         (
             [{"target": "mlp", "experts": {"num_experts": 1}}, {"target": "up_proj", "experts": {"num_experts": 1}}],
@@ -419,7 +422,9 @@ def test_switch_computes_the_same_in_training_and_inference(tiny_llama: LlamaFor
     router = {"kind": "switch", "expert_capacity": 2, "jitter": 0.0}
     model = randomize(moelora.attach(tiny_llama, with_router(router)))
     with torch.no_grad():
-        assert torch.equal(model.train()(ids, attention_mask=mask).logits, model.eval()(ids, attention_mask=mask).logits)
+        assert torch.equal(
+            model.train()(ids, attention_mask=mask).logits, model.eval()(ids, attention_mask=mask).logits
+        )
 
 
 def test_tuple_outputs_and_no_labels(tiny_llama: LlamaForCausalLM) -> None:

@@ -1,0 +1,73 @@
+"""Which modules of a backbone a site configuration names."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from .config import SiteConfig, parse_slice
+from .errors import ConfigError
+
+
+def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
+    """Paths of the modules that a site configuration names, in the order of the backbone.
+
+    Raises:
+        ConfigError: a target, or the layer filter, leaves nothing; the message lists names that exist.
+    """
+    paths = [path for path, _ in backbone.named_modules() if path]
+    layers = sorted({layer for path in paths if (layer := layer_of(path)) is not None})
+    if isinstance(site.layers, str):
+        wanted = set(layers[parse_slice(site.layers)])
+    else:
+        wanted = {layer + len(layers) if layer < 0 else layer for layer in site.layers or layers}
+    result: list[str] = []
+    for target in site.target:
+        hits = [path for path in paths if _matches(path, target)]
+        if not hits:
+            endings = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            named = ", ".join(ending for ending in endings if not ending.isdigit())
+            raise ConfigError(f"target {target!r} matches no module of {type(backbone).__name__}; it has: {named}")
+        kept = hits if site.layers is None else [path for path in hits if layer_of(path) in wanted]
+        if not kept:
+            raise ConfigError(f"layers {site.layers!r} leave no match for target {target!r}: layers are {layers}")
+        result += kept
+    return sorted(dict.fromkeys(result), key=paths.index)
+
+
+def _matches(path: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.fullmatch(target[3:], path) is not None
+    return path == target or path.endswith("." + target)
+
+
+def layer_of(path: str) -> int | None:
+    """The first number in a module path: the index of its layer."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def refuse_overlaps(matched: list[list[str]]) -> None:
+    """Check that no module is claimed by two site configurations, or lies inside a module that is claimed.
+
+    Args:
+        matched: the paths of each site configuration.
+
+    Raises:
+        ConfigError: names both.
+    """
+    claimed: dict[str, int] = {}
+    for group, paths in enumerate(matched):
+        for path in paths:
+            if path in claimed:
+                raise ConfigError(f"{path!r} is claimed by sites.{claimed[path]} and sites.{group}: name it in one")
+            claimed[path] = group
+    for path in claimed:
+        parent = path.rpartition(".")[0]
+        while parent:
+            if parent in claimed:
+                raise ConfigError(
+                    f"{path!r} (sites.{claimed[path]}) lies inside {parent!r} (sites.{claimed[parent]}): a block site "
+                    "already adapts its projections; drop one of the two"
+                )
+            parent = parent.rpartition(".")[0]
