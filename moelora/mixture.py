@@ -94,7 +94,9 @@ class MoELoRAModel(PreTrainedModel):
 
     @property
     def backbone_config(self) -> BackboneConfig:
-        return describe_backbone(self.backbone)
+        from .backbone import backbone_config
+
+        return backbone_config(self.backbone)
 
     def trainable_report(self) -> str:
         """One line per group of sites and a total: how many sites, which experts, how many trainable parameters."""
@@ -478,27 +480,6 @@ def trace(model: nn.Module) -> Iterator[Tape]:
         for slot in slots.values():
             stack.enter_context(slot.using(listener=listener))
         yield tape
-
-
-def describe_backbone(backbone: PreTrainedModel) -> BackboneConfig:
-    """Where a loaded backbone came from and how it is stored, read from the model itself."""
-    quantizer = getattr(backbone, "hf_quantizer", None)
-    settings = getattr(quantizer, "quantization_config", None)
-    quantization: str | None = None
-    if getattr(settings, "load_in_4bit", False):
-        quantization = "nf4"
-    elif getattr(settings, "load_in_8bit", False):
-        quantization = "int8"
-    elif settings is None:
-        quantization = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(backbone.dtype)
-    return BackboneConfig.parse(
-        {
-            "name": backbone.name_or_path or type(backbone).__name__,
-            "quantization": quantization,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "revision": getattr(backbone.config, "_commit_hash", None),
-        }
-    )
 
 
 def _is_batch(value: Any) -> bool:
