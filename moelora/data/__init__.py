@@ -1,0 +1,13 @@
+"""From examples to batches: reading and generating, chat templating, loss masks, padding."""
+
+from __future__ import annotations
+
+from .chat import ChatFormat as ChatFormat
+from .chat import Collator as Collator
+from .chat import TokenizedSet as TokenizedSet
+from .chat import tokenize as tokenize
+from .examples import Example as Example
+from .examples import Splits as Splits
+from .examples import load_examples as load_examples
+from .examples import mix as mix
+from .examples import task_names as task_names

@@ -1,0 +1,208 @@
+"""Examples as token ids: the backbone's chat template, loss on the answer alone, padding.
+
+Shapes: B batch, S sequence (the longest of the batch).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..registry import closest
+from .examples import Example, task_names
+
+logger = logging.getLogger(__name__)
+
+IGNORE = -100
+Row = dict[str, Any]
+
+
+class ChatFormat:
+    """How one tokenizer writes a question and ends an answer.
+
+    With a chat template: the template's own turns, and whatever it puts after an answer ends it. Without: the system
+    message, the question and the answer in plain text, ended by the tokenizer's end token. Question and answer are
+    tokenised apart, so that training sees exactly the tokens that generation starts from.
+
+    Raises:
+        DataError: there is neither a chat template nor an end token, or the template does not show the answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._templated = bool(tokenizer.chat_template)
+        if not self._templated:
+            if tokenizer.eos_token_id is None:
+                raise DataError("the tokenizer has neither a chat template nor an end token: set its eos_token")
+            self._end_ids = [int(tokenizer.eos_token_id)]
+            return
+        self._system_turn = self._has_system_turn()
+        self._end_ids = self._ids(self._end_of_answer())
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return list(self._end_ids)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Tokens of the question, up to where the answer begins."""
+        if self._templated:
+            return self._ids(self._render(example.prompt, example.system))
+        text = example.prompt if example.system is None else f"{example.system}\n\n{example.prompt}"
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        # Some tokenizers end every text by themselves.
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._end_ids[-1] else ids
+
+    def answer_ids(self, example: Example) -> list[int]:
+        """Tokens of the answer and its end."""
+        answer = example.answer if self._templated else f" {example.answer}"
+        return self._ids(answer) + self._end_ids
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _render(self, prompt: str, system: str | None, answer: str | None = None) -> str:
+        turns = []
+        if system is not None and self._system_turn:
+            turns.append({"role": "system", "content": system})
+        elif system is not None:
+            prompt = f"{system}\n\n{prompt}"
+        turns.append({"role": "user", "content": prompt})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        return str(text)
+
+    def _has_system_turn(self) -> bool:
+        """Some templates refuse a system turn; then it goes in front of the question."""
+        self._system_turn = True
+        try:
+            return "by these rules" in self._render("question", "by these rules")
+        except TemplateError:
+            return False
+
+    def _end_of_answer(self) -> str:
+        answer = "the-answer"
+        text = self._render("question", None, answer)
+        _, found, end = text.rpartition(answer)
+        if not found:
+            raise DataError(
+                "the tokenizer's chat template leaves out the assistant's answer: set another chat_template"
+            )
+        end = end.rstrip() or str(self.tokenizer.eos_token or "")
+        if not end:
+            raise DataError("nothing ends an answer in the tokenizer's chat template: set its eos_token")
+        return end
+
+
+@dataclass(frozen=True)
+class TokenizedSet(Dataset[Row]):
+    """Tokenised examples, for :class:`transformers.Trainer`.
+
+    Attributes:
+        rows: ``input_ids`` and ``labels`` (lists of the same length), ``task_ids`` (int).
+        tasks: name of each task id.
+        dropped: how many examples were longer than ``max_length``.
+    """
+
+    rows: list[Row]
+    tasks: list[str]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples together, without padding."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+
+def tokenize(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    tasks: Sequence[str] | None = None,
+) -> TokenizedSet:
+    """Examples as token ids with labels on the answer and its end only.
+
+    Args:
+        max_length: in tokens; a longer example is left out whole, because a cut question has another answer.
+        tasks: name of each task id, from the training set; by default the tasks of ``examples`` in alphabetical order.
+
+    Raises:
+        DataError: no examples, a task that is not in ``tasks``, or every example is too long.
+    """
+    chat = ChatFormat(tokenizer)
+    examples = list(examples)
+    if not examples:
+        raise DataError("there are no examples to tokenise: the data set is empty")
+    names = task_names(examples) if tasks is None else list(tasks)
+    index = {name: number for number, name in enumerate(names)}
+    rows: list[Row] = []
+    shortest = 0
+    for example in examples:
+        if example.task not in index:
+            raise DataError(f"task {example.task!r} is not among {', '.join(names)}{closest(example.task, names)}")
+        prompt, answer = chat.prompt_ids(example), chat.answer_ids(example)
+        length = len(prompt) + len(answer)
+        if length > max_length:
+            shortest = min(shortest or length, length)
+            continue
+        labels = [IGNORE] * len(prompt) + answer
+        rows.append({"input_ids": prompt + answer, "labels": labels, "task_ids": index[example.task]})
+    dropped = len(examples) - len(rows)
+    if not rows:
+        raise DataError(
+            f"max_length is {max_length} tokens, but the shortest of {dropped} examples has {shortest}: raise it"
+        )
+    if dropped:
+        logger.warning("%d of %d examples are longer than %d tokens: left out", dropped, len(examples), max_length)
+    return TokenizedSet(rows, names, dropped)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows of a :class:`TokenizedSet` to the longest one.
+
+    Attributes:
+        pad_token_id: what fills ``input_ids``; the attention mask hides it and no label covers it.
+        padding_side: where the padding goes.
+        with_task_ids: whether the batch has ``task_ids``, for models that route by task.
+    """
+
+    pad_token_id: int
+    padding_side: Literal["left", "right"] = "right"
+    with_task_ids: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels``: (B, S) int64; ``task_ids``: (B,) int64 if wanted."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = len(rows), longest
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORE),
+        }
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
+            where = slice(0, length) if self.padding_side == "right" else slice(longest - length, longest)
+            batch["input_ids"][number, where] = torch.tensor(row["input_ids"])
+            batch["attention_mask"][number, where] = 1
+            batch["labels"][number, where] = torch.tensor(row["labels"])
+        if self.with_task_ids:
+            batch["task_ids"] = torch.tensor([row["task_ids"] for row in rows])
+        return batch
