@@ -50,7 +50,9 @@ class Closed(BaseModel):
             known = list(cls.model_fields)
             for key in value:
                 if key not in known:
-                    raise ValueError(f"unknown key {key!r}: known keys are {', '.join(known)}{closest(str(key), known)}")
+                    raise ValueError(
+                        f"unknown key {key!r}: known keys are {', '.join(known)}{closest(str(key), known)}"
+                    )
         return value
 
     @classmethod
@@ -145,6 +147,15 @@ class BackboneConfig(Closed):
     revision: str | None = None
     subfolder: str | None = None
 
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        storage = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(self.quantization or "")
+        if storage and self.dtype not in (None, storage):
+            raise ValueError(
+                f"quantization {self.quantization} stores {storage}, so dtype {self.dtype} cannot hold: drop one"
+            )
+        return self
+
 
 class SiteConfig(Closed):
     """Where experts attach, which experts, and what routes to them.
@@ -205,8 +216,9 @@ class ReasoningGymData(Closed):
         tasks: names of reasoning-gym data sets; per-task generator options may follow as a mapping.
         train_size: training examples per task.
         test_size: test examples per task.
-        seed: seed of the training examples; test examples come from ``test_seed`` and any that also occur in training
-            are dropped.
+        seed: seed of the training examples; test examples come from ``test_seed``, and training examples with the same
+            question are left out.
+        system: system message of every prompt; ``None`` leaves it to the backbone's chat template.
     """
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
@@ -215,11 +227,12 @@ class ReasoningGymData(Closed):
     test_size: Annotated[int, Field(gt=0)] = 50
     seed: int = 0
     test_seed: int = 1_000_003
+    system: str | None = None
 
     @field_validator("tasks", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        return dict.fromkeys(value, {}) if isinstance(value, list) else value
+        return {task: {} for task in value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _disjoint(self) -> Self:
@@ -245,7 +258,9 @@ class DatasetData(Closed):
         test_path: the file of test examples; without it ``test_fraction`` of the training file is held out.
         name: configuration name of a hub data set.
         split: split to train on; test_split: split to evaluate on (hub ids).
+        limit: at most this many training examples.
         columns: the column mapping.
+        system: system message of every prompt; ``columns.system`` gives one for each row instead.
     """
 
     kind: Literal["dataset"] = "dataset"
@@ -257,6 +272,7 @@ class DatasetData(Closed):
     test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     limit: Annotated[int, Field(gt=0)] | None = None
     columns: ColumnsConfig = ColumnsConfig()
+    system: str | None = None
     seed: int = 0
 
 
