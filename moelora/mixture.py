@@ -65,8 +65,10 @@ class MoELoRAModel(PreTrainedModel):
         ignored = list(getattr(self.config, "keys_to_ignore_at_inference", ["past_key_values"]))
         self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
         self._contexts: list[RoutingContext] = []
-        backbone.register_forward_pre_hook(self._enter, with_kwargs=True)
-        backbone.register_forward_hook(self._leave, always_call=True)
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
+            backbone.register_forward_hook(self._leave, always_call=True),
+        ]
         if backbone.is_activation_checkpointing:
             self.activation_checkpointing_enable()
 
@@ -341,6 +343,15 @@ class MoELoRAModel(PreTrainedModel):
                 "gradient checkpointing was enabled on the backbone itself, so a recomputation could not replay the "
                 "routing; call model.gradient_checkpointing_enable() on the mixture instead"
             )
+
+    def unload(self) -> PreTrainedModel:
+        """Put the frozen layers back in their places and return the backbone; this model is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, container in self.containers().items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), child, container.base)
+        return self.backbone
 
     # -- saving and loading --------------------------------------------------------------------------------------
 

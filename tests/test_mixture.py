@@ -92,6 +92,18 @@ def test_disable_experts_is_the_backbone_bit_for_bit(tiny_llama: LlamaForCausalL
     assert (on - expected).abs().max() > 0.1
 
 
+def test_unload_gives_the_backbone_back(tiny_llama: LlamaForCausalLM) -> None:
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        expected = tiny_llama(ids, attention_mask=mask).logits
+        names = [name for name, _ in tiny_llama.named_modules()]
+        backbone = randomize(moelora.attach(tiny_llama, MIXLORA)).unload()
+        assert backbone is tiny_llama
+        assert [name for name, _ in backbone.named_modules()] == names
+        assert torch.equal(backbone(ids, attention_mask=mask).logits, expected)
+        assert not backbone._forward_hooks and not backbone._forward_pre_hooks
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for the old name
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
 def test_one_expert_is_peft_lora(tiny_llama: LlamaForCausalLM, kind: str) -> None:
