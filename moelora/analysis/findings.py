@@ -163,7 +163,8 @@ def _tasks(stats: RoutingStats) -> list[Finding]:
         Finding(
             "good",
             f"Tasks have experts of their own, most of all in {place(stats, top)}, where "
-            f"{100 * amount[top.name]:.0f} % of a task's selections differ from the average task's: {'; '.join(examples)}.",
+            f"{100 * amount[top.name]:.0f} % of a task's selections differ from the average task's: "
+            f"{'; '.join(examples)}.",
         )
     ]
 

@@ -19,13 +19,15 @@ def shares(load: ArrayLike) -> Array:
     """(..., E) the load as parts of 1; NaN where nothing was recorded."""
     values = np.asarray(load, dtype=np.float64)
     total = values.sum(axis=-1, keepdims=True)
-    return np.divide(values, total, out=np.full_like(values, np.nan), where=total > 0)
+    parts: Array = np.divide(values, total, out=np.full_like(values, np.nan), where=total > 0)
+    return parts
 
 
 def utilisation(load: ArrayLike) -> Array:
     """(..., E) the load divided by an equal share: 1 is fair, 0 unused, E / K the most that top-K routing can reach."""
     parts = shares(load)
-    return parts * parts.shape[-1]
+    ratio: Array = parts * parts.shape[-1]
+    return ratio
 
 
 def entropy(load: ArrayLike) -> Array:
