@@ -18,12 +18,12 @@ import typer
 from .. import __version__
 from ..errors import TrainingError, UserError
 from .analyze import analyze
+from .common import stderr
 from .convert import convert
 from .env import env
 from .eval import evaluate
 from .generate import generate
 from .info import info
-from .output import stderr
 from .schema import schema
 from .train import train
 

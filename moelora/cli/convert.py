@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import stdout
+from .common import stdout
 
 
 def convert(

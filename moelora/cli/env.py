@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from .output import AsJson, print_json
+from .common import AsJson, print_json
 
 PACKAGES = (
     "moelora",

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from .output import AsJson, Checkpoint, print_json
+from .common import AsJson, Checkpoint, print_json
 
 
 def info(path: Checkpoint, as_json: AsJson = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .output import print_json
+from .common import print_json
 
 
 def schema() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import Overrides, stdout
+from .common import Overrides, stdout
 
 
 def train(
@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Train a mixture as a recipe says.
 
-    Example: `moelora train mixlora data.path=my.jsonl trainer.args.learning_rate=1e-3 output_dir=runs/mine`
+    Example: `moelora train mixlora 'data={kind: dataset, path: my.jsonl}' trainer.args.learning_rate=1e-3`
     """
     from ..config import load_recipe
 
