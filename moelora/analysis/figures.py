@@ -84,7 +84,7 @@ def entropy(stats: RoutingStats) -> Figure:
     _axes(figure, "layer", "0 … 1")
     figure.update_yaxes(range=[-0.03, 1.05], dtick=0.25, showgrid=True, gridcolor=GRID)
     figure.update_xaxes(type="category")
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.16, "itemwidth": 30}, hovermode="x unified")
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, hovermode="x unified")
     return figure
 
 

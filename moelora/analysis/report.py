@@ -42,9 +42,9 @@ ul.findings { list-style: none; padding: 0; margin: 0 0 8px; }
 .findings b { font-weight: 650; }
 .figure { margin: 6px 0 0; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin-top: 10px; width: 100%; }
-th, td { text-align: right; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--muted); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th, td { text-align: right; white-space: nowrap; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); }
+th { white-space: normal; font-weight: 600; color: var(--muted); vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--blue); margin-top: 34px; font-weight: 600; }
 code { font-size: 0.92em; overflow-wrap: anywhere; }
 """
