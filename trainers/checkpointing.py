@@ -1,0 +1,182 @@
+"""Whole checkpoints only: a Trainer whose checkpoint folders appear in one piece, and which resumes from whole ones."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from .. import checkpoints, files
+from ..errors import CheckpointError, UserError
+from ..mixture import MoELoRAModel
+
+# The Trainer leaves out what begins with an underscore when it uploads a run's folder.
+STAGING = "_staging-"
+LOCK = "_run.lock"
+OWNER = "_run.pid"
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer that writes each ``checkpoint-N`` beside its place and moves it there when it is whole.
+
+    A kill at any moment leaves the checkpoints that were announced before it; the last thing to change is a rename,
+    and older checkpoints go only after it. A folder is trained in by one process at a time.
+    """
+
+    model: MoELoRAModel
+    _staging: Path | None = None
+    _push_after_commit = False
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or ``True`` for the newest whole one of the run's folder.
+
+        Raises:
+            CheckpointError: there is nothing whole to resume from, or the checkpoint is of another mixture.
+            UserError: another process is training in the run's folder.
+            TrainingError: a loss or a gradient was not finite; the step was not taken.
+        """
+        with self._only_run():
+            source = self._resume_source(resume_from_checkpoint)
+            return super().train(source, trial, ignore_keys_for_eval)
+
+    def _resume_source(self, wanted: str | bool | None) -> str | None:
+        if not wanted:
+            return None
+        if wanted is True:
+            newest = checkpoints.latest(self._run_dir)
+            if newest is None:
+                raise CheckpointError(f"{self._run_dir}: no whole checkpoint to resume from; start without resume")
+            return str(newest)
+        checkpoints.verify(Path(wanted))
+        return str(wanted)
+
+    @property
+    def _run_dir(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
+    @contextmanager
+    def _only_run(self) -> Iterator[None]:
+        """Hold the run's folder; the operating system lets go of it when the process ends, however it ends."""
+        if not self.args.should_save:
+            yield
+            return
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        owner = self._run_dir / OWNER
+        lock = FileLock(self._run_dir / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            who = owner.read_text().strip() if owner.exists() else "unknown"
+            raise UserError(
+                f"{self._run_dir}: process {who} is training in this folder; wait for it, or set another output_dir"
+            ) from None
+        try:
+            owner.write_text(f"{os.getpid()} on {socket.gethostname()}")
+            yield
+            owner.unlink(missing_ok=True)
+        finally:
+            lock.release()
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(super()._get_output_dir(trial) if self._staging is None else self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        staging = run_dir / f"{STAGING}{final.name}"
+        if self.args.should_save:
+            for left in run_dir.glob(f"{STAGING}*"):
+                shutil.rmtree(left)
+        self.accelerator.wait_for_everyone()
+        self._staging, self._push_after_commit = staging, False
+        try:
+            with files.plain_errors(final):
+                super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(staging / final.name):
+                self.state.best_model_checkpoint = str(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / final.name / "trainer_state.json"))
+                checkpoints.commit(staging / final.name, final)
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
+        if self._push_after_commit:
+            self._push_from_checkpoint(str(final))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # DeepSpeed would write the frozen backbone too; the Trainer stops it for PEFT models only.
+        engine: Any = self.model_wrapped
+        save = engine.save_checkpoint
+        engine.save_checkpoint = functools.partial(save, exclude_frozen_parameters=True)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            engine.save_checkpoint = save
+
+    # -- uploading -----------------------------------------------------------------------------------------------
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is not None:
+            self._push_after_commit = True
+            return
+        if self.is_world_process_zero():
+            self.model.save_pretrained(self._run_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``save_pretrained`` has written the card, and its checksum is in the manifest."""
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._restore_adapter(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            assert self.state.best_model_checkpoint is not None
+            self._restore_adapter(Path(self.state.best_model_checkpoint))
+
+    def _restore_adapter(self, folder: Path) -> None:
+        stored = checkpoints.read(folder)
+        if stored.mixture != self.model.mixture:
+            raise CheckpointError(
+                f"{folder}: this checkpoint is of another mixture than the one being trained; resume with the recipe "
+                "that it was trained with, or choose another output_dir"
+            )
+        declared = {name: tuple(value.shape) for name, value in self.model.adapter_tensors().items()}
+        self.model.load_adapter_state(stored.tensors(declared))

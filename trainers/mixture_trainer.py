@@ -1,0 +1,348 @@
+"""The Trainer for mixtures: auxiliary losses, expert load and controllers, whichever the task's loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import ConfigError, TrainingError
+from ..mixture import MoELoRAModel, StepLoad
+from ..routing import RoutingRecord, SiteInfo
+from .checkpointing import CheckpointingTrainer
+from .finite import bad_gradients, first_non_finite
+from .meter import Averages, LoadMeter, balanced, only_listener
+
+STATE = "moelora"
+
+
+class MixtureTrainer(CheckpointingTrainer):
+    """``transformers.Trainer`` for a :class:`~moelora.mixture.MoELoRAModel`.
+
+    It adds to the log ``task_loss``, every auxiliary loss as ``aux/<name>`` and the load of the experts as
+    ``load/<measure>`` (see :meth:`~moelora.trainers.meter.LoadMeter.metrics`), averaged over the logging window,
+    accumulation and ranks as ``loss`` is; calls the routers' ``on_step_end`` once per optimizer step; and stops before
+    a step whose loss or gradient is not finite. Everything else is the Trainer's.
+
+    Args:
+        model: the mixture. args: as for the Trainer.
+        step_balance: balance the experts over the whole optimizer step, all micro-batches and ranks, instead of over
+            each micro-batch by itself weighted by its share of the step. The auxiliary loss then does not depend on
+            how a step is cut up; it costs one more forward of every micro-batch, without gradients.
+        router_learning_rate: learning rate of the routers' parameters; ``None`` means that of everything else.
+        **trainer: any other argument of the Trainer.
+
+    Attributes:
+        load: where tokens went since the last line of the log.
+
+    Raises:
+        ConfigError: arguments under which auxiliary losses would be lost or routing mixed up.
+    """
+
+    def __init__(
+        self,
+        model: MoELoRAModel,
+        args: TrainingArguments | None = None,
+        *,
+        step_balance: bool = False,
+        router_learning_rate: float | None = None,
+        **trainer: Any,
+    ) -> None:
+        if not isinstance(model, MoELoRAModel):
+            raise ConfigError(
+                f"this trainer takes a mixture, got {type(model).__name__}; make one with moelora.attach(backbone, ...)"
+            )
+        super().__init__(model, args, **trainer)
+        self._refuse_what_would_be_lost()
+        self.step_balance = step_balance
+        self.router_learning_rate = router_learning_rate
+        self.load = LoadMeter(model)
+        self._step_load_meter = LoadMeter(model)
+        self._window = Averages()
+        self._evaluated = Averages()
+        self._batches: list[Any] = []
+        self._step_load: StepLoad | None = None
+        self._done = 0
+        self.add_callback(_Hooks(self))
+
+    def _refuse_what_would_be_lost(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs in one process: replicas would share one routing state; start one process per "
+                f"GPU with torchrun --nproc-per-node={self.args.n_gpu}, or show one with CUDA_VISIBLE_DEVICES=0"
+            )
+        for name, value in {
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_loss_func": self.compute_loss_func,
+        }.items():
+            if value:
+                raise ConfigError(
+                    f"{name}={value!r}: the Trainer would then compute the loss without the model, and auxiliary "
+                    "losses would train nothing; leave it out"
+                )
+
+    @property
+    def tokens_seen(self) -> int:
+        """Real tokens trained on so far, over all ranks; needs ``include_num_input_tokens_seen``."""
+        return int(self.state.num_input_tokens_seen)
+
+    # -- one optimizer step --------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        slot = self.model.slot
+        before = list(slot.listeners)
+        slot.listeners.append(self._hear)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            slot.listeners = before  # a callback's too, which nobody ends after an error
+
+    def _hear(self, site: SiteInfo, record: RoutingRecord) -> None:
+        if self.model.training:
+            self._step_load_meter(site, record)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of the next optimizer step; kept for the step's load and for naming a bad one."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._batches, self._done, self._step_load = batches, 0, None
+        return batches, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        # Not in get_batch_samples: after a resume the random state is restored between the two.
+        if self._done == 0 and self.step_balance and self.model.groups():
+            self._step_load = self._measure_step(num_items_in_batch)
+        before = torch.get_rng_state()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._done += 1
+        if not bool(loss.isfinite().all()):
+            torch.set_rng_state(before)
+            self._stop(
+                f"the loss of micro-batch {self._done} of {len(self._batches)} is {float(loss)}",
+                "all outputs of the forward pass are finite; does any token of the step have a label?",
+                [inputs],
+            )
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if self.model.training and self._step_load is not None:
+            inputs = {**inputs, "step_load": self._step_load}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        across, within = self._factors(num_items_in_batch)
+        values = {"task_loss": outputs["task_loss"] * across if "task_loss" in outputs else loss}
+        share = outputs.get("aux_share", 1.0) * across
+        values.update({f"aux/{name}": value * share for name, value in outputs.get("aux_losses", {}).items()})
+        if self.model.training:
+            self._window.add(values, within)
+        else:
+            rows = len(next(iter(inputs.values())))
+            self._evaluated.add(values, rows)
+            self._evaluated.weight += rows
+        return (loss, outputs) if return_outputs else loss
+
+    def _factors(self, num_items: Tensor | int | None) -> tuple[float, float]:
+        """By what the Trainer multiplies the model's loss: for averaging over ranks, and over micro-batches."""
+        if not (self.model_accepts_loss_kwargs and num_items is not None):
+            return 1.0, 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
+        return float(self.accelerator.num_processes if self.args.average_tokens_across_devices else 1), 1.0
+
+    @torch.no_grad()
+    def _measure_step(self, num_items: Tensor | int | None) -> StepLoad:
+        """Where the tokens of the coming step will go, over all its micro-batches and ranks.
+
+        The forwards draw the same random numbers as those of the backward passes to come, which start from the same
+        state and run in the same order; so dropout and jitter lead to the same choices.
+        """
+        meter = LoadMeter(self.model, balanced)
+        with self._same_randomness(), only_listener(self.model.slot, meter):
+            self.model.train()
+            for batch in self._batches:
+                self._forward(batch)
+        meter.reduce(self._sum)
+        across, within = self._factors(num_items)
+        tokens = max(meter.tokens(), 1.0) * across * within / self.accelerator.num_processes
+        return StepLoad(share=meter.share(), tokens=tokens)
+
+    def _forward(self, batch: Any) -> Any:
+        inputs = self._prepare_inputs(batch)
+        return self.model(**{name: value for name, value in inputs.items() if name != "labels"})
+
+    def _same_randomness(self) -> AbstractContextManager[None]:
+        device = self.args.device
+        if device.type == "cpu":
+            return torch.random.fork_rng(devices=[])
+        return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
+
+    def _mean(self, values: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(values, reduction="mean")
+        return mean
+
+    def _after_step(self) -> None:
+        """Controllers, and the step's load into the window."""
+        step = self._step_load_meter
+        step.reduce(self._sum)
+        for name, container in self.model.containers().items():
+            if container.router is not None:
+                container.router.on_step_end(step.counts[name])
+        self.load.add(step)
+        step.clear()
+        self._window.weight += 1
+
+    # -- what must not go on -------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        scaler = getattr(self.accelerator, "scaler", None)  # with float16 the scaler skips such a step by itself
+        if scaler is None and norm is not None and not bool(torch.as_tensor(norm).isfinite()):
+            bad = ", ".join(bad_gradients(self.model)[:3]) or "none that this process holds"
+            self._stop(
+                f"the norm of the gradient is {float(norm)}; parameters with such a gradient: {bad}",
+                "all outputs of the forward pass are finite, so it came about in the backward pass",
+                self._batches,
+            )
+        return norm
+
+    @torch.no_grad()
+    def _stop(self, what: str, otherwise: str, batches: list[Any]) -> None:
+        """Find the first module with a non-finite output, then raise."""
+        origin = None
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            with only_listener(self.model.slot):
+                origin = first_non_finite(self.model, lambda given=inputs: self.model(**given))  # type: ignore[misc]
+            if origin is not None:
+                break
+        where = otherwise
+        if origin is not None:
+            where = f"the first module with a non-finite output is {origin.module!r}"
+            if origin.parameters:
+                where += f", whose parameters {', '.join(origin.parameters[:3])} are not finite themselves"
+            where += self._sequences(inputs, origin.rows)
+        raise TrainingError(
+            f"step {self.state.global_step + 1}: {what}; {where}. The step was not taken: weights and optimizer are "
+            "those of the step before. Lower learning_rate, set max_grad_norm, or look at the named sequences"
+        )
+
+    def _sequences(self, inputs: Mapping[str, Any], rows: list[int]) -> str:
+        if not rows:
+            return ""
+        text = f", in sequences {rows[:8]} of the batch"
+        tokenizer: Any = self.processing_class
+        if "input_ids" in inputs and hasattr(tokenizer, "decode"):
+            text += f" (the first: {tokenizer.decode(inputs['input_ids'][rows[0]], skip_special_tokens=True)[:120]!r})"
+        return text
+
+    # -- optimizer -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, over the adapter's parameters and no other.
+
+        Raises:
+            ConfigError: a parameter outside the adapter is trainable; it would be trained but not saved.
+        """
+        adapter = {id(p): name for name, p in self.model.adapter_tensors().items() if p.requires_grad}
+        others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in adapter]
+        if others:
+            raise ConfigError(
+                f"{len(others)} parameters outside the adapter are trainable ({', '.join(others[:3])}): they would be "
+                "trained but not saved; freeze them with requires_grad_(False)"
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return optimizer
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == set(adapter), "the optimizer's parameters are not the adapter's"
+        if self.router_learning_rate is not None:
+            routers = [m.router for m in self.model.containers().values() if m.router is not None]
+            _split_off(optimizer, {id(p) for r in routers for p in r.parameters()}, self.router_learning_rate)
+        return optimizer
+
+    # -- log, evaluation, state ----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._window.take(self._mean), **self.load.metrics())
+            self.load.clear()
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's, with ``<prefix>_task_loss`` and ``<prefix>_aux/<name>`` among the metrics."""
+        self._evaluated = Averages()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        assert output.metrics is not None
+        for name, value in self._evaluated.take(self._mean).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The window of the log belongs to the state: without it the first line after a resume would differ.
+        saved: Any = self.state.stateful_callbacks
+        saved[STATE] = {
+            "loss": float(self._mean(self._tr_loss.clone())),
+            "last_logged": self._globalstep_last_logged,
+            "window": self._window.state(),
+            "load": self.load.state(),
+        }
+        super()._save_checkpoint(model, trial)
+
+    def _resume_window(self, state: TrainerState) -> None:
+        saved: Any = state.stateful_callbacks
+        stored = saved.get(STATE)
+        self._step_load_meter.clear()
+        self._window = Averages()
+        self.load.clear()
+        if stored is None:
+            return
+        device = self.args.device
+        self._tr_loss = torch.tensor(stored["loss"], device=device)
+        self._globalstep_last_logged = stored["last_logged"]
+        self._window.restore(stored["window"], device)
+        self.load.restore(stored["load"], device)
+
+
+class _Hooks(TrainerCallback):
+    """The moments of the loop that the Trainer offers to callbacks only."""
+
+    def __init__(self, trainer: MixtureTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._resume_window(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._after_step()
+
+
+def _split_off(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
+    """Move the chosen parameters of every group into a group of their own with another learning rate."""
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in chosen]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})

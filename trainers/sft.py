@@ -1,0 +1,161 @@
+"""Supervised fine-tuning: next-token loss on the answers, on ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from transformers import TrainingArguments, set_seed
+
+from .. import data
+from ..backbone import load_backbone
+from ..config import Pluggable, Recipe
+from ..errors import ConfigError
+from ..mixture import MoELoRAModel, attach
+from ..registry import TRAINERS, closest
+from .mixture_trainer import MixtureTrainer
+
+# Where ours differ from the Trainer's own defaults.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "warmup_steps": 0.03,
+    "num_train_epochs": 1,
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "include_num_input_tokens_seen": "non_padding",
+}
+ELSEWHERE = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "resume_from_checkpoint": "moelora train --resume",
+    "label_smoothing_factor": "nothing: the Trainer would compute the loss without the model's auxiliary losses",
+}
+
+
+class SFTConfig(Pluggable):
+    """Options of ``sft``.
+
+    Attributes:
+        args: fields of :class:`transformers.TrainingArguments`, checked by name and type. ``output_dir`` and ``seed``
+            are the recipe's.
+        router_learning_rate: learning rate of the routers; ``None`` means ``args.learning_rate``.
+        step_balance: balance the experts over whole optimizer steps, at the cost of one more forward; see
+            :class:`~moelora.trainers.MixtureTrainer`.
+    """
+
+    kind: str = "sft"
+    args: dict[str, Any] = Field(default_factory=dict)
+    router_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    step_balance: bool = False
+
+    @field_validator("args")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = [field.name for field in fields(TrainingArguments) if field.init]
+        types = get_type_hints(TrainingArguments)
+        for name, given in value.items():
+            if name in ELSEWHERE:
+                raise ValueError(f"{name!r} does not belong here: use {ELSEWHERE[name]}")
+            if name not in known:
+                raise ValueError(f"{name!r} is not a field of transformers.TrainingArguments{closest(name, known)}")
+            try:
+                TypeAdapter(types[name]).validate_python(given)
+            except ValidationError as error:
+                raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from None
+        return value
+
+    def training_arguments(self, output_dir: str | Path, seed: int) -> TrainingArguments:
+        """The whole arguments.
+
+        Raises:
+            ConfigError: the Trainer refuses a value or a combination.
+        """
+        cuda = torch.cuda.is_available()
+        machine = {"use_cpu": not cuda, "dataloader_pin_memory": cuda}
+        try:
+            return TrainingArguments(
+                **{**DEFAULTS, **machine, **self.args, "output_dir": str(output_dir), "seed": seed}
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"trainer.args: {' '.join(str(error).split())}") from None
+
+
+class SFTTrainer(MixtureTrainer):
+    """:class:`MixtureTrainer` for tokenised examples; usable by itself.
+
+    Rows hold ``input_ids`` and ``labels``, as :func:`moelora.data.tokenize` makes them. Without a ``data_collator``
+    batches are padded on the right with the tokenizer's padding token (``processing_class``).
+    """
+
+    def __init__(self, model: MoELoRAModel, args: TrainingArguments | None = None, **trainer: Any) -> None:
+        tokenizer = trainer.get("processing_class")
+        if trainer.get("data_collator") is None and tokenizer is not None:
+            trainer["data_collator"] = data.Collator(tokenizer.pad_token_id)
+        super().__init__(model, args, **trainer)
+
+
+@TRAINERS.register("sft")
+class SFT:
+    """What ``moelora train`` does with a recipe whose trainer is ``sft``."""
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[SFTConfig]] = SFTConfig
+
+    @classmethod
+    def run(cls, recipe: Recipe, *, resume: bool | str = False) -> Path:
+        """Train as the recipe says.
+
+        Args:
+            resume: a checkpoint folder, or ``True`` for the newest whole one of the run's folder.
+
+        Returns:
+            The run's folder: the trained mixture, its card, ``recipe.yaml``, metrics as JSON, and ``checkpoint-N``.
+
+        Raises:
+            UserError: something in the recipe, its data or its folder has to be mended.
+            TrainingError: a loss or a gradient was not finite.
+        """
+        trainer = cls.prepare(recipe)
+        result = trainer.train(resume_from_checkpoint=resume)
+        metrics = dict(result.metrics)
+        if trainer.eval_dataset is not None:
+            metrics.update(trainer.evaluate())
+        folder = Path(recipe.output_dir)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("all", metrics)
+        if trainer.is_world_process_zero():
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def prepare(cls, recipe: Recipe) -> SFTTrainer:
+        """Data, backbone, mixture and trainer of a recipe, ready to train."""
+        config = recipe.trainer
+        if recipe.data is None:
+            raise ConfigError("data: this recipe names no data to train on; add data: {kind: dataset, path: my.jsonl}")
+        args = config.training_arguments(recipe.output_dir, recipe.seed)
+        splits = data.load_examples(recipe.data)
+        backbone, tokenizer = load_backbone(recipe.backbone)
+        assert tokenizer is not None
+        train = data.tokenize(splits.train, tokenizer, recipe.max_length)
+        test = data.tokenize(splits.test, tokenizer, recipe.max_length, train.tasks) if splits.test else None
+        set_seed(recipe.seed)
+        model = attach(backbone, recipe.mixture)
+        model.tokenizer = tokenizer
+        return SFTTrainer(
+            model,
+            args,
+            data_collator=data.Collator(tokenizer.pad_token_id, with_task_ids=True),
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            step_balance=config.step_balance,
+            router_learning_rate=config.router_learning_rate,
+        )
