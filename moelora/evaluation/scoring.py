@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import string
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -179,7 +179,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 def score_answers(examples: Sequence[Example], answers: Sequence[str]) -> Report:
     """Score given answers: by a procedural task's own scorer, else 1 for the right text and 0 for any other.
 
-    Case, punctuation around the text and the amount of white space do not matter for the right text.
+    Case, quotation marks, closing punctuation and the amount of white space do not matter for the right text.
     """
     gyms: dict[str, Any] = {}
     items = []
@@ -217,8 +217,8 @@ def majority(train: Sequence[Example], test: Sequence[Example]) -> Report:
 
 
 def normalized(text: str) -> str:
-    """Lower case, single spaces, no punctuation at either end."""
-    return " ".join(text.lower().split()).strip(string.punctuation + " ")
+    """Lower case, single spaces, without quotation marks around and closing punctuation; signs of numbers stay."""
+    return re.sub(r"^[\s\"'`*]+|[\s\"'`*.,;:!?]+$", "", " ".join(text.lower().split()))
 
 
 def wilson(mean: float, count: int) -> tuple[float, float]:
