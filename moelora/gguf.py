@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
         raise UserError(f"reading {gguf.name} needs the package gguf ({error}): pip install gguf") from error
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UserError(f"{gguf.name} cannot be read as a causal language model: {_first_line(error)}") from error
     # GGUF keeps floats in 32 bits: 1e-5 comes back as 9.999999747e-06.
     if (eps := getattr(model.config, "rms_norm_eps", None)) is not None:
