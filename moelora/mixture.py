@@ -203,7 +203,9 @@ class MoELoRAModel(PreTrainedModel):
             share = None if step_load is None else step_load.share[index]
             context = replace(self.slot.context, load_share=share)
             coefficients = router.config.coefficients()
-            for name, value in router.losses(records[index], context).items():
+            with torch.autocast(total.device.type, enabled=False):
+                values = router.losses(records[index], context)
+            for name, value in values.items():
                 losses[name if len(groups) == 1 else f"sites.{index}.{name}"] = value
                 if coefficients[name] > 0:
                     total = total + coefficients[name] * value.to(total.device)
@@ -370,10 +372,19 @@ class MoELoRAModel(PreTrainedModel):
             state_dict: tensors to take instead of the model's own, by the model's parameter names (ZeRO-3, FSDP).
             card: text of the README.md; without it a short card is written.
         """
-        from .checkpoints import native
+        from .checkpoints import Architecture, native
 
         if is_main_process:
-            native.save(save_directory, self.mixture, self.backbone_config, self.adapter_state(state_dict), card=card)
+            groups = range(len(self.mixture.sites))
+            native.save(
+                save_directory,
+                self.mixture,
+                self.backbone_config,
+                self.adapter_state(state_dict),
+                sites=[[name for name, c in self.containers().items() if c.group == group] for group in groups],
+                architecture=Architecture.of(self.config),
+                card=card,
+            )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -467,7 +478,8 @@ def from_pretrained(
             changes["dtype"] = dtype
         config = BackboneConfig.parse({**stored.backbone.to_dict(), **changes})
         backbone, tokenizer = load_backbone(config, device_map=device_map)
-    model = attach(backbone, stored.mixture)
+    stored.check_backbone(backbone.config)
+    model = attach(backbone, stored.to_attach())
     declared = {name: tuple(value.shape) for name, value in model.adapter_tensors().items()}
     model.load_adapter_state(stored.tensors(declared))
     model.tokenizer = tokenizer

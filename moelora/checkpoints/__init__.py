@@ -1,0 +1,29 @@
+"""Checkpoints: reading any published layout, writing and converting, and the guarantees of a save."""
+
+from __future__ import annotations
+
+from . import mixlora, native
+from .access import Description, convert, describe, read
+from .layout import LAYOUTS, Architecture, Content, Layout, Part, Stored
+from .manifest import commit, latest, verify
+
+names = LAYOUTS.names
+
+__all__ = [
+    "LAYOUTS",
+    "Architecture",
+    "Content",
+    "Description",
+    "Layout",
+    "Part",
+    "Stored",
+    "commit",
+    "convert",
+    "describe",
+    "latest",
+    "mixlora",
+    "names",
+    "native",
+    "read",
+    "verify",
+]

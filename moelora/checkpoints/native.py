@@ -1,0 +1,226 @@
+"""The native layout; see :class:`NativeLayout`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import __version__, files
+from ..config import FORMAT_VERSION, BackboneConfig, Closed, MixtureConfig, SiteConfig
+from ..errors import CheckpointError
+from . import manifest
+from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored
+from .reading import is_hub_id, load_mapping, not_finite, open_tensors, parse, regular_file
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "moelora_config.json"
+TENSORS = "moelora.safetensors"
+CARD = "README.md"
+
+
+class NativeConfig(Closed):
+    """The contents of ``moelora_config.json``."""
+
+    format_version: int
+    moelora: str
+    backbone: BackboneConfig
+    architecture: Architecture
+    mixture: MixtureConfig
+    sites: list[list[Annotated[str, Field(pattern=r"^[\w.-]+$")]]]
+
+
+@dataclass
+class NativeStored(Stored):
+    """A native checkpoint; the file has the mixture's own names."""
+
+    layout: ClassVar[str] = "native"
+    names: list[list[str]]
+
+    def declared(self) -> dict[str, Shape]:
+        return {key: header.shape for key, header in self.file.headers.items()}
+
+    def sites(self) -> list[list[str]]:
+        return self.names
+
+    def to_attach(self) -> MixtureConfig:
+        """The mixture with site names in place of regular expressions: one from a file could run for ever."""
+        sites = [
+            site.model_copy(update={"target": list(names), "layers": None})
+            if any(target.startswith("re:") for target in site.target)
+            else site
+            for site, names in zip(self.mixture.sites, self.names, strict=True)
+        ]
+        return MixtureConfig(sites=sites)
+
+    def parts(self, declared: Mapping[str, Shape]) -> dict[str, list[Part]]:
+        return {name: [Part(name, shape)] for name, shape in declared.items()}
+
+
+@LAYOUTS.register("native")
+class NativeLayout(Layout):
+    """The layout that moelora trains, saves and resumes in: one folder.
+
+    ``moelora_config.json``
+        format_version (1); moelora, the version that wrote it; backbone (name, quantization, dtype, revision,
+        subfolder); architecture (model_type, hidden_size, num_hidden_layers, hidden_act: compared with the backbone
+        before anything is attached); mixture, every field written out; sites, for each entry of mixture.sites the
+        names of its modules in the order of the backbone.
+    ``moelora.safetensors``
+        the adapter's tensors and nothing else, in the dtype they were trained in: ``<site>.lora_A`` (R, in) and
+        ``<site>.lora_B`` (out, R) at a linear site, ``<site>.<projection>.lora_A`` and so on at a block site,
+        ``<site>.router.<tensor>``; R is the sum of the ranks of all experts, expert 0 first.
+    ``README.md``
+        the model card.
+    ``manifest.json``
+        written last: name, size and sha256 of each file. In a checkpoint of a training run it lists the trainer's files
+        as well. Reading verifies the two files above; :func:`~moelora.checkpoints.verify` all of them.
+
+    Quirks: where a target is a regular expression, loading uses the stored site names in its place, so that no
+    expression from a file is ever run.
+    """
+
+    files = (CONFIG, TENSORS, CARD, files.MANIFEST)
+
+    def detect(self, folder: Path) -> str | None:
+        return f"it has {CONFIG}" if regular_file(folder / CONFIG) else None
+
+    def read(self, folder: Path) -> NativeStored:
+        path = folder / CONFIG
+        with files.plain_errors(folder, "reading"), files.locked(folder, shared=True):
+            values = load_mapping(path)
+            manifest.refuse_newer(path, values)
+            config = parse(NativeConfig, values, path)
+            file = open_tensors(folder / TENSORS)
+            manifest.check(folder, [CONFIG, TENSORS])
+        if len(config.sites) != len(config.mixture.sites):
+            raise CheckpointError(
+                f"{path}: sites: expected one list for each of the {len(config.mixture.sites)} entries of "
+                f"mixture.sites, found {len(config.sites)}; the file was edited: restore it"
+            )
+        _refuse_huge(path, config, {key: header.shape for key, header in file.headers.items()})
+        return NativeStored(folder, config.backbone, config.architecture, config.mixture, file, config.sites)
+
+    def write(self, folder: Path, content: Content) -> None:
+        _write(folder, content, None)
+
+
+def save(
+    path: str | Path,
+    mixture: MixtureConfig,
+    backbone: BackboneConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    sites: Sequence[Sequence[str]],
+    architecture: Architecture,
+    card: str | None = None,
+) -> None:
+    """Write a native checkpoint; a reader sees the old one or the new one, never a part.
+
+    Files of others in the folder stay, and stay in its manifest.
+
+    Args:
+        tensors: by the mixture's names. sites: as in :class:`~moelora.checkpoints.layout.Content`.
+        card: text of the README.md; without it a short one is written, unless there already is one.
+
+    Raises:
+        CheckpointError: a tensor is not finite, or the disk is full or not writable; the old checkpoint is whole.
+    """
+    folder = Path(path)
+    content = Content(backbone, architecture, mixture, sites, tensors)
+    bad = [f"{name} ({count} elements)" for name, value in tensors.items() if (count := not_finite(value))]
+    if bad:
+        raise CheckpointError(
+            f"{folder}: not saved: expected finite numbers, found NaN or infinite ones in {', '.join(bad)}; training "
+            "has diverged: go back to the last checkpoint, with a lower learning rate"
+        )
+    size = sum(value.numel() * value.element_size() for value in tensors.values()) + 1_000_000
+    with files.staged(folder, need=size) as staging:
+        if card is None and (folder / CARD).is_file():
+            card = (folder / CARD).read_text(encoding="utf-8")
+        _write(staging, content, card)
+        manifest.write(staging, keep=_manifest_before(folder))
+        files.install(staging, folder)
+
+
+def _manifest_before(folder: Path) -> manifest.Manifest | None:
+    files.recover(folder)
+    if not regular_file(folder / files.MANIFEST):
+        return None
+    try:
+        return manifest.read(folder)
+    except CheckpointError as error:
+        logger.warning("replacing a damaged manifest: %s", error)
+        return None
+
+
+def _write(folder: Path, content: Content, card: str | None) -> None:
+    config = NativeConfig(
+        format_version=FORMAT_VERSION,
+        moelora=__version__,
+        backbone=content.backbone,
+        architecture=content.architecture,
+        mixture=content.mixture,
+        sites=[list(names) for names in content.sites],
+    )
+    with files.plain_errors(folder):
+        (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+        (folder / CARD).write_text(card or default_card(content), encoding="utf-8")
+        values = {name: value.detach().cpu().contiguous() for name, value in content.tensors.items()}
+        try:
+            save_file(values, folder / TENSORS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{folder / TENSORS}: writing failed: {error}; {files.megabytes(files.free_bytes(folder))} are free "
+                "there: free some space or choose another folder; what was there before is untouched"
+            ) from error
+
+
+def default_card(content: Content) -> str:
+    """A short model card: what it is, on which backbone, and how to load it."""
+    front: dict[str, Any] = {"library_name": "moelora", "tags": ["moelora", "mixture-of-experts", "lora"]}
+    name = content.backbone.name
+    if "/" in name and is_hub_id(name):
+        front["base_model"] = name
+    header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
+    rows = "".join(
+        f"| {', '.join(site.target)} | {len(names)} | {site.experts.num_experts} × {site.experts.kind}, "
+        f"r = {site.experts.r} | {site.router.kind if site.router is not None else 'always on'} |\n"
+        for site, names in zip(content.mixture.sites, content.sites, strict=True)
+    )
+    count = sum(value.numel() for value in content.tensors.values())
+    shown = json.dumps(name)
+    return (
+        f"---\n{header}---\n\n# A mixture of LoRA experts\n\n"
+        f"{count:,} adapter parameters on the frozen backbone `{name}`, written by moelora {__version__}.\n\n"
+        f"| target | sites | experts | router |\n| --- | --- | --- | --- |\n{rows}\n"
+        f'```python\nimport moelora\n\nmodel = moelora.from_pretrained("path/to/this/folder", backbone={shown})\n```\n'
+    )
+
+
+def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) -> None:
+    """Refuse a configuration that would allocate more than the file has numbers for."""
+    for index, (site, names) in enumerate(zip(config.mixture.sites, config.sites, strict=True)):
+        stacked = stacked_rank(site)
+        own = tuple(f"{name}." for name in names)
+        found = max((max(shape, default=0) for key, shape in shapes.items() if key.startswith(own)), default=0)
+        if stacked > found:
+            raise CheckpointError(
+                f"{path}: mixture.sites.{index}.experts: num_experts and r ask for a stacked rank of {stacked}, but no "
+                f"tensor of these sites in {TENSORS} is longer than {found}; the file was edited: restore it"
+            )
+
+
+def stacked_rank(site: SiteConfig) -> int:
+    """Sum of the ranks of all experts, without building a list of them."""
+    experts = site.experts
+    return int(sum(experts.r) if isinstance(experts.r, list) else experts.r * experts.num_experts)

@@ -1,0 +1,196 @@
+"""``torch.save`` files, read in two steps so that neither code nor sizes in them are trusted.
+
+First the pickle is examined without running anything of torch: only the instructions and the few globals that a dict
+of tensors needs are allowed, and every tensor's extent is compared with the bytes that are there. Only then does
+``torch.load(weights_only=True)`` read it, and never on a torch before 2.10, whose loader had known holes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .reading import Header, TensorFile
+
+_MAX_PICKLE_BYTES = 64_000_000
+_SAFE_TORCH = (2, 10)
+_OPCODES = {
+    *("PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE"),
+    *("NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINPUT", "LONG_BINPUT"),
+    *("BINGET", "LONG_BINGET", "GLOBAL", "BINPERSID", "REDUCE", "SETITEM", "SETITEMS"),
+}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    dtype: str
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class _Storage:
+    kind: _Kind
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Extent:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Elements of the storage that the tensor needs."""
+        if 0 in self.shape:
+            return self.offset
+        return self.offset + 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any) -> _Extent:
+    numbers = [offset, *shape, *stride]
+    if not isinstance(storage, _Storage) or len(shape) != len(stride):
+        raise ValueError("a tensor without storage")
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("a tensor whose extent is not made of whole numbers")
+    return _Extent(storage, offset, tuple(shape), tuple(stride))
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
+    return data
+
+
+_GLOBALS: dict[str, Any] = {
+    "torch._utils _rebuild_tensor_v2": _tensor,
+    "torch._utils _rebuild_parameter": _parameter,
+    "collections OrderedDict": OrderedDict,
+    "torch FloatStorage": _Kind("float32", 4),
+    "torch BFloat16Storage": _Kind("bfloat16", 2),
+    "torch HalfStorage": _Kind("float16", 2),
+    "torch DoubleStorage": _Kind("float64", 8),
+    "torch LongStorage": _Kind("int64", 8),
+    "torch IntStorage": _Kind("int32", 4),
+    "torch ShortStorage": _Kind("int16", 2),
+    "torch CharStorage": _Kind("int8", 1),
+    "torch ByteStorage": _Kind("uint8", 1),
+    "torch BoolStorage": _Kind("bool", 1),
+}
+
+
+class _Describer(pickle.Unpickler):
+    """Builds extents in place of tensors; a global is looked up in a table, nothing is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _GLOBALS[f"{module} {name}"]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        tag, kind, key, _, numel = pid
+        if tag != "storage" or not isinstance(kind, _Kind) or type(numel) is not int or numel < 0:
+            raise ValueError("a storage of an unknown form")
+        return _Storage(kind, str(key), numel)
+
+
+class PickleFile(TensorFile):
+    """A ``torch.save`` file that holds a flat dict of tensors.
+
+    Raises:
+        CheckpointError: anything else; names the file and what it holds that it must not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            extents = self._describe()
+        except CheckpointError:
+            raise
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            NotImplementedError,
+            pickle.UnpicklingError,
+            # What a malformed pickle makes of the table's entries and of the stack.
+            ArithmeticError,
+            AttributeError,
+            EOFError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise self._refuse(f"one that cannot be read ({type(error).__name__}: {error})") from None
+        self.headers = {key: Header(extent.storage.kind.dtype, extent.shape) for key, extent in extents.items()}
+
+    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Read these tensors through ``torch.load(weights_only=True)``.
+
+        Raises:
+            CheckpointError: torch is older than 2.10, or it reads something else than the examination saw.
+        """
+        if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
+            raise CheckpointError(
+                f"{self.path}: .bin files are read with torch 2.10 or newer only, found {torch.__version__}: upgrade "
+                "torch, or convert the checkpoint elsewhere with 'moelora convert'"
+            )
+        try:
+            values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, OSError) as error:
+            raise self._refuse(f"one that torch cannot read ({str(error).splitlines()[0]})") from None
+        for key in keys:
+            value = values.get(key) if isinstance(values, dict) else None
+            if not isinstance(value, Tensor) or tuple(value.shape) != self.headers[key].shape:
+                raise self._refuse(f"two different descriptions of {key!r}")
+        return {key: values[key].detach() for key in keys}
+
+    def _describe(self) -> dict[str, _Extent]:
+        with zipfile.ZipFile(self.path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+                raise self._refuse("compressed members, which torch.save does not write")
+            if sum(info.file_size for info in members.values()) > self.path.stat().st_size:
+                raise self._refuse("members that add up to more than the file")
+            pickles = [name for name in members if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+                raise self._refuse(f"{len(pickles)} pickles, or one over {_MAX_PICKLE_BYTES} bytes")
+            root = pickles[0].removesuffix("data.pkl")
+            if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+                raise self._refuse("numbers that are not little-endian")
+            content = archive.read(pickles[0])
+        self._allow_only_tensors(content)
+        extents = _Describer(io.BytesIO(content)).load()
+        if not isinstance(extents, dict):
+            raise self._refuse(f"a {type(extents).__name__}")
+        for key, extent in extents.items():
+            if not isinstance(key, str) or not isinstance(extent, _Extent):
+                raise self._refuse(f"an entry {key!r} that is no tensor")
+            member = members.get(f"{root}data/{extent.storage.key}")
+            size = extent.storage.numel * extent.storage.kind.itemsize
+            if member is None or member.file_size != size or extent.end > extent.storage.numel:
+                raise self._refuse(f"a tensor {key!r} of shape {extent.shape} without the bytes for it")
+        return extents
+
+    def _allow_only_tensors(self, content: bytes) -> None:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name == "GLOBAL" and argument not in _GLOBALS:
+                raise self._refuse(f"a reference to {str(argument).replace(' ', '.')!r}, which could run code")
+            # A huge memo index would make the unpickler allocate as much.
+            if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > len(content)):
+                raise self._refuse(f"the pickle instruction {opcode.name}, which could run code or exhaust memory")
+
+    def _refuse(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: expected a torch.save file with a flat dict of tensors, found {found}; do not load it: get "
+            "the checkpoint from its author again, as safetensors if there is one"
+        )
