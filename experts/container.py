@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import SiteConfig
@@ -51,7 +52,9 @@ class Container(nn.Module):
             return None
         context = self.slot.context
         replay = self.slot.next_replay()
-        record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
+        # Autocast would turn the router's float32 products back into half precision.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
         mask = context.token_mask
         if mask is not None and mask.shape == hidden_states.shape[:-1]:
             record.mask = mask

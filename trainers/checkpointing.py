@@ -92,8 +92,8 @@ class CheckpointingTrainer(Trainer):
         try:
             owner.write_text(f"{os.getpid()} on {socket.gethostname()}")
             yield
-            owner.unlink(missing_ok=True)
         finally:
+            owner.unlink(missing_ok=True)
             lock.release()
 
     # -- saving --------------------------------------------------------------------------------------------------

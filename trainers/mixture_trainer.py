@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from ..errors import ConfigError, TrainingError
 from ..mixture import MoELoRAModel, StepLoad
 from ..routing import RoutingRecord, SiteInfo
 from .checkpointing import CheckpointingTrainer
 from .finite import bad_gradients, first_non_finite
+from .live import LiveProgress
 from .meter import Averages, LoadMeter, balanced, only_listener
 
 STATE = "moelora"
@@ -68,6 +70,9 @@ class MixtureTrainer(CheckpointingTrainer):
         self._step_load: StepLoad | None = None
         self._done = 0
         self.add_callback(_Hooks(self))
+        if any(isinstance(callback, LiveProgress) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.remove_callback(PrinterCallback)
 
     def _refuse_what_would_be_lost(self) -> None:
         if self.args.n_gpu > 1:
@@ -99,6 +104,9 @@ class MixtureTrainer(CheckpointingTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LiveProgress):
+                    callback.close()
             slot.listeners = before  # a callback's too, which nobody ends after an error
 
     def _hear(self, site: SiteInfo, record: RoutingRecord) -> None:
@@ -301,6 +309,9 @@ class MixtureTrainer(CheckpointingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The window of the log belongs to the state: without it the first line after a resume would differ.
         saved: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # the Trainer fails on one that a resumed run did not have
+                saved.setdefault(type(callback).__name__, {})
         saved[STATE] = {
             "loss": float(self._mean(self._tr_loss.clone())),
             "last_logged": self._globalstep_last_logged,
