@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from . import gguf
 from .config import BackboneConfig, DType, Quantization
 from .errors import ConfigError, UserError
-from .gguf import DEFAULT_BACKBONE
+from .gguf import DEFAULT_BACKBONE as DEFAULT_BACKBONE
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def _weights(config: BackboneConfig, model_config: PreTrainedConfig, device_map:
     if present is None:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         how = {"load_in_8bit": True} if wanted == "int8" else {**nf4, "bnb_4bit_compute_dtype": dtype}
-        arguments["quantization_config"] = BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
+        arguments["quantization_config"] = BitsAndBytesConfig(**how)
     return arguments
 
 

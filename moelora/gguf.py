@@ -13,7 +13,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
@@ -79,19 +78,23 @@ def _published(name: str, obtain: Callable[[Path], Path]) -> Path:
     process left behind is removed by the next one.
     """
     cache = cache_folder() / "backbones"
-    final, staging = cache / name, cache / f"{name}.partial"
+    final, staging, work = cache / name, cache / f"{name}.partial", cache / f"{name}.source"
     if final.is_dir():
         return final
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
             if not final.is_dir():
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir()
-                with tempfile.TemporaryDirectory(prefix=f"{name}.source-", dir=cache) as work:
-                    _convert(obtain(Path(work)), staging)
-                _sync(staging)
-                staging.rename(final)
+                for folder in (staging, work):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                try:
+                    _convert(obtain(work), staging)
+                    _sync(staging)
+                    staging.rename(final)
+                finally:
+                    for folder in (staging, work):
+                        shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write the converted backbone to {cache}: {error}; free some space there, or set MOELORA_CACHE to "
