@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,23 @@ pytestmark = pytest.mark.smoke
 VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _process_as_before() -> Iterator[None]:
+    """The command sets up logging and the environment for its own process; this one goes on with other tests."""
+    logger = logging.getLogger("moelora")
+    before = logger.handlers, logger.level, logger.propagate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        yield
+    logger.handlers, logger.level, logger.propagate = before
+
+
 @pytest.fixture(autouse=True)
 def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.delenv("MOELORA_DEBUG", raising=False)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run(*words: str) -> int:
@@ -211,3 +225,125 @@ def test_output_can_be_cut_short(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=_importable(), capture_output=True, text=True)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
+
+
+# -- verbs on a trained checkpoint -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a mixture that ``moelora train`` trained for two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [
+        {"prompt": f"say {letter}", "answer": letter * 2, "task": str(n % 2)} for n, letter in enumerate("abcdefgh")
+    ]
+    table = folder / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_file(
+        folder,
+        backbone={"name": str(backbone_folder), "quantization": None},
+        data={"kind": "dataset", "path": str(table), "test_fraction": 0.5, "columns": {"task": "task"}},
+        trainer={"kind": "sft", "args": {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True}},
+    )
+    assert run("train", str(recipe), f"output_dir={folder / 'out'}") == 0
+    return folder / "out"
+
+
+def test_info_describes_the_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", str(trained), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == "native"
+    assert found["mixture"]["sites"][0]["experts"]["num_experts"] == 4
+    assert found["parameters"] > 0
+    assert run("info", str(trained)) == 0
+    assert "layout: native" in capsys.readouterr().out.splitlines()
+
+
+def test_generate_answers_and_repeats_itself(
+    trained: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(trained), "--backbone", str(backbone_folder), "--max-new-tokens", "4", "--json"]
+    assert run(*words, "say a") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["prompt"] == "say a"
+    monkeypatch.setattr("sys.stdin", io.StringIO("say a\n"))
+    assert run(*words) == 0
+    assert json.loads(capsys.readouterr().out) == first
+    answers = set()
+    for seed in ("1", "1", "2"):
+        assert run(*words, "say a", "--temperature", "5", "--seed", seed) == 0
+        answers.add(json.loads(capsys.readouterr().out)["answer"])
+    assert len(answers) == 2, "the same seed gives the same answer, another seed another one"
+
+
+def test_generate_needs_a_prompt(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("  \n"))
+    assert run("generate", str(trained)) == 2
+    assert "error: the prompt is empty" in capsys.readouterr().err
+
+
+def test_a_backbone_that_only_the_checkpoint_names_is_not_loaded(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", str(trained), "hello") == 2
+    assert "pass backbone=" in capsys.readouterr().err
+
+
+def test_eval_scores_the_recipes_test_data(
+    trained: Path, backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(trained), "--backbone", str(backbone_folder), "--baseline", "--max-new-tokens", "3"]
+    assert run(*words, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(task["count"] for task in report["mixture"]["tasks"].values()) == 4
+    assert set(report["mixture"]["tasks"]) == set(report["backbone"]["tasks"]) <= {"0", "1"}
+    assert report["difference"]["low"] <= report["difference"]["difference"] <= report["difference"]["high"]
+    assert run(*words) == 0
+    text = capsys.readouterr().out
+    assert "mixture - backbone: " in text
+    assert all(f" {task} " in text for task in report["mixture"]["tasks"])
+
+
+def test_eval_without_data_says_how_to_name_it(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "recipe.yaml").unlink()
+    assert run("eval", str(copy)) == 2
+    text = capsys.readouterr().err
+    assert "--recipe" in text and "data={kind: dataset" in text
+    assert run("eval", str(trained), "trainer.kind=sft") == 2
+    assert "unknown key 'trainer': known keys are data, max_length" in capsys.readouterr().err
+    assert run("eval", str(trained), "data.test_fraction=0") == 2
+    assert "no test examples" in capsys.readouterr().err
+
+
+def test_analyze_writes_a_report(
+    trained: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("plotly")
+    out = tmp_path / "report"
+    assert run("analyze", str(trained), "--backbone", str(backbone_folder), "--out", str(out)) == 0
+    assert f"wrote {out / 'routing.html'}" in capsys.readouterr().out
+    assert "<html" in (out / "routing.html").read_text()
+    assert json.loads((out / "routing.json").read_text())["tasks"]
+
+
+def test_convert_there_and_back_keeps_every_tensor(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert run("convert", str(trained), str(there), "--to", "mixlora") == 0
+    assert run("convert", str(there), str(back)) == 0
+    capsys.readouterr()
+    before, after = load_file(trained / "moelora.safetensors"), load_file(back / "moelora.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    assert run("convert", str(trained), str(there)) == 2
+    assert f"{there}: expected a new or empty folder" in capsys.readouterr().err
+    assert run("convert", str(trained), str(tmp_path / "x"), "--to", "mixlorra") == 2
+    assert "did you mean 'mixlora'" in capsys.readouterr().err

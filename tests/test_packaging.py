@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
 
@@ -99,6 +100,42 @@ def test_mapped_folders_import_the_package_relatively(name: str) -> None:
         absolute = {module for level, module in imported_modules(path) if level == 0}
         own = {module for module in absolute if module.split(".")[0] in {"moelora", *MAPPED}}
         assert not own, f"{path.name} imports {own} absolutely"
+
+
+def needed_at_import(path: Path) -> set[str]:
+    """Top-level modules that importing a file imports: not those of functions, nor those for type checkers."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found - sys.stdlib_module_names
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """What comes along with another package today may not tomorrow."""
+    project = PYPROJECT["project"]
+    base = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    every = {canonicalize_name(requirement.name) for requirement in requirements()}
+    # Released together with, and pinned by, a declared one.
+    base.add("pydantic-core")
+    every.add("pydantic-core")
+    owners = packages_distributions()
+    for folder in source_folders().values():
+        for path in folder.glob("*.py"):
+            at_import = needed_at_import(path)
+            later = {module.split(".")[0] for level, module in imported_modules(path) if level == 0}
+            for module in later - sys.stdlib_module_names:
+                names = {canonicalize_name(name) for name in owners.get(module, [module])}
+                allowed = base if module in at_import else every
+                assert names & allowed, f"{path.relative_to(ROOT)} imports {module}: declare it in pyproject.toml"
 
 
 @pytest.mark.parametrize("folder", ["routers", "moelora/dispatch"])

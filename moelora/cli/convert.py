@@ -11,7 +11,7 @@ from .common import stdout
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint in any layout: a folder or a hub id.")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write: new, or empty.")],
     to: Annotated[str, typer.Option(help="Layout to write: native or mixlora.")] = "native",
 ) -> None:
     """Write a checkpoint in another layout, without loading its backbone.

@@ -16,7 +16,7 @@ def info(path: Checkpoint, as_json: AsJson = False) -> None:
     """
     from ..checkpoints import describe
 
-    found = describe(path)
+    found = describe(path).to_dict()
     if as_json:
         print_json(found)
     else:
