@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -387,6 +389,34 @@ class MoELoRAModel(PreTrainedModel):
             )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload mixture",
+        card: str | None = None,
+    ) -> Any:
+        """Upload the native checkpoint, and the tokenizer if there is one, to a hub repository made for it.
+
+        Not transformers' own method: that one replaces the card after the manifest is written.
+
+        Returns:
+            What ``huggingface_hub`` says of the commit.
+        """
+        api = HfApi(token=token, library_name="moelora")
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
+            )
 
     def adapter_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The adapter's tensors by checkpoint name, detached; from ``state_dict`` where one is given."""
