@@ -11,6 +11,7 @@ file system or the operating system (Windows) has none, a single writer per fold
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -118,6 +119,21 @@ def recover(folder: Path) -> None:
             _move_in(folder)
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within the block nobody replaces files of ``folder``; a move that was cut short is finished first.
+
+    Raises:
+        CheckpointError: a move was cut short and the folder is not writable.
+    """
+    while True:
+        recover(folder)
+        with plain_errors(folder, "reading"), locked(folder, shared=True):
+            if not (folder / PENDING).is_dir():
+                yield
+                return
+
+
 def _move_in(final: Path) -> None:
     pending = final / PENDING
     if not pending.is_dir():
@@ -160,7 +176,7 @@ def _lock(folder: Path, wait: bool, shared: bool = False) -> int | None:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for path in parent.glob(f"{prefix}*"):
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
         # A living writer holds the lock of its folder.
         with suppress(FileNotFoundError, NotADirectoryError):
             handle = _lock(path, wait=False)

@@ -7,6 +7,7 @@ that one description. To add a layout, write a file with a subclass of :class:`L
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from ..config import BackboneConfig, Closed, MixtureConfig
 from ..errors import CheckpointError
 from ..registry import Registry
 from .reading import TensorFile, not_finite
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS: Registry[Layout] = Registry("checkpoint layout", "moelora.checkpoints")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,6 +53,11 @@ class Architecture(Closed):
     def differences(self, other: Architecture) -> list[str]:
         """Where both know a size or the nonlinearity and do not agree; ``model_type`` is informative only."""
         mine, theirs = self.to_dict(), other.to_dict()
+        acts = (self.hidden_act, other.hidden_act)
+        if acts[0] != acts[1] and all(act is not None and act.startswith("gelu") for act in acts):
+            # Gemma's configurations named the exact GELU for years while its code used the approximation.
+            logger.warning("trained with %s, the backbone has %s: results may differ slightly", *acts)
+            theirs["hidden_act"] = mine["hidden_act"]
         return [
             f"{name}: expected {mine[name]}, found {theirs[name]}"
             for name in ("hidden_size", "num_hidden_layers", "hidden_act")

@@ -138,8 +138,10 @@ def verify(path: str | Path) -> None:
         CheckpointError: no manifest, or files that are missing or differ, all of them named.
     """
     folder = Path(path)
-    files.recover(folder)
-    check(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found no folder; check the path")
+    with files.reading(folder):
+        check(folder)
 
 
 def commit(staging: Path, final: Path) -> None:

@@ -96,7 +96,7 @@ class NativeLayout(Layout):
 
     def read(self, folder: Path) -> NativeStored:
         path = folder / CONFIG
-        with files.plain_errors(folder, "reading"), files.locked(folder, shared=True):
+        with files.reading(folder):
             values = load_mapping(path)
             manifest.refuse_newer(path, values)
             config = parse(NativeConfig, values, path)
