@@ -8,126 +8,26 @@ nothing here knows a method by name.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, field_validator, model_validator
 
+from .config_files import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
+from .config_files import apply_overrides as apply_overrides
+from .config_files import read_mapping as read_mapping
 from .errors import ConfigError
-from .registry import EXPERTS, ROUTERS, TRAINERS, Registry, closest
+from .registry import EXPERTS, ROUTERS, TRAINERS, closest
+from .schema import Closed as Closed
+from .schema import Pluggable as Pluggable
+from .schema import Plugged
+from .schema import explain as explain
 
-MAX_CONFIG_BYTES = 1_000_000
 FORMAT_VERSION = 1
 
 Quantization = Literal["nf4", "int8", "bf16", "fp16", "fp32"]
 DType = Literal["float32", "bfloat16", "float16"]
-C = TypeVar("C", bound="Closed")
-
-
-class Closed(BaseModel):
-    """Base of all configuration: frozen, no unknown keys, errors in one readable paragraph."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_keys(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            known = list(cls.model_fields)
-            for key in value:
-                if key not in known:
-                    raise ValueError(
-                        f"unknown key {key!r}: known keys are {', '.join(known)}{closest(str(key), known)}"
-                    )
-        return value
-
-    @classmethod
-    def parse(cls, value: Any, where: str = "") -> Self:
-        """Validate ``value`` (an instance, or a mapping) into this class.
-
-        Args:
-            where: how the message names the source: a file, "command line".
-
-        Raises:
-            ConfigError: every problem found, a line each.
-        """
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls, where)) from None
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a YAML or JSON file of at most 1 MB into this class; see :func:`read_mapping` and :meth:`parse`."""
-        return cls.parse(read_mapping(path), where=str(path))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; every field is written, defaults too, so that a saved file does not depend on them."""
-        return self.model_dump(mode="json")
-
-    def to_json(self) -> str:
-        """Indented JSON; ``parse(json.loads(config.to_json())) == config``."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    def to_yaml(self) -> str:
-        """YAML; ``parse(yaml.safe_load(config.to_yaml())) == config``."""
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
-
-
-class Pluggable(Closed):
-    """Base of the configuration classes that plug-ins bring; ``kind`` is their name in a registry."""
-
-    kind: str
-
-
-class _Plugged:
-    """Field type: a mapping with ``kind`` is validated by the configuration class of that kind."""
-
-    def __init__(self, registry: Registry[Any], default: str | None = None) -> None:
-        self.registry = registry
-        self.default = default
-
-    def _validate(self, value: Any) -> Pluggable:
-        if isinstance(value, Pluggable):
-            return value
-        if isinstance(value, str):
-            value = {"kind": value}
-        if not isinstance(value, Mapping):
-            raise ValueError(f"expected a mapping with the key 'kind', got {type(value).__name__}")
-        kind = value.get("kind", self.default)
-        if kind is None:
-            raise ValueError(f"the key 'kind' is missing: it names a {self.registry.what}")
-        entry = self.registry.get(kind)
-        config: type[Pluggable] = entry.Config
-        return config.model_validate({**value, "kind": entry.kind})
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda config: config.to_dict()),
-        )
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        variants = []
-        for name in self.registry.names():
-            variant = self.registry.get(name).Config.model_json_schema()
-            variant["properties"]["kind"] = {"const": name, "type": "string"}
-            variants.append(variant)
-        return {"oneOf": variants}
 
 
 class BackboneConfig(Closed):
@@ -174,8 +74,8 @@ class SiteConfig(Closed):
     target: Annotated[list[str], Field(min_length=1)]
     layers: list[int] | str | None = None
     projections: Annotated[list[str], Field(min_length=1)] | None = None
-    experts: Annotated[Any, _Plugged(EXPERTS, default="lora")] = Field(default_factory=dict)
-    router: Annotated[Any, _Plugged(ROUTERS)] | None = None
+    experts: Annotated[Any, Plugged(EXPERTS, default="lora")] = Field(default_factory=dict)
+    router: Annotated[Any, Plugged(ROUTERS)] | None = None
 
     @field_validator("target", "projections", mode="before")
     @classmethod
@@ -285,7 +185,7 @@ class Recipe(Closed):
     backbone: BackboneConfig = BackboneConfig()
     mixture: MixtureConfig
     data: DataConfig | None = None
-    trainer: Annotated[Any, _Plugged(TRAINERS, default="sft")] = Field(default_factory=dict)
+    trainer: Annotated[Any, Plugged(TRAINERS, default="sft")] = Field(default_factory=dict)
     max_length: Annotated[int, Field(gt=0)] = 512
     output_dir: str = "runs/train"
     seed: int = 0
@@ -306,110 +206,6 @@ def parse_slice(text: str) -> slice:
         return slice(*(int(part) if part.strip() else None for part in parts))
     except ValueError:
         raise ValueError(f"{text!r} is not a slice: write 'start:stop' or a list of indices, such as '-10:'") from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads ``1e-3`` as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ConfigError(f"{text} is not a number that a configuration may hold")
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key {twice!r} is given twice")
-    return result
-
-
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML or JSON file (by its ending) as a mapping, read safely.
-
-    Raises:
-        ConfigError: no such file, larger than 1 MB, not valid, nested too deeply, a key given twice, NaN or Infinity,
-            or not a mapping.
-    """
-    file = Path(path)
-    try:
-        size = file.stat().st_size
-    except OSError:
-        raise ConfigError(f"{path}: no such file") from None
-    if size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {size} bytes, but a configuration has at most {MAX_CONFIG_BYTES}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_pairs)
-        else:
-            value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (ValueError, yaml.YAMLError, RecursionError, OSError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"{path}: not a readable {file.suffix.lstrip('.') or 'YAML'} file: {reason}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(value).__name__}")
-    return value
-
-
-def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """``values`` with ``key.path=value`` overrides of the command line applied; values are read as YAML.
-
-    List items are addressed by index: ``mixture.sites.0.router.top_k=1``.
-
-    Raises:
-        ConfigError: an override has no ``=``, or its path leads through something that is not a mapping or list.
-    """
-    result: dict[str, Any] = json.loads(json.dumps(values))
-    for override in overrides:
-        path, separator, text = override.partition("=")
-        if not separator or not path:
-            raise ConfigError(f"{override!r} is not an override: write key=value, such as trainer.args.max_steps=100")
-        try:
-            value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
-            raise ConfigError(f"{override!r}: {text!r} is not a YAML value; quote it") from None
-        target: Any = result
-        keys = path.split(".")
-        for key in keys[:-1]:
-            target = _step(target, key, override)
-        if isinstance(target, list):
-            _step(target, keys[-1], override)
-            target[int(keys[-1])] = value
-        else:
-            target[keys[-1]] = value
-    return result
-
-
-def _step(target: Any, key: str, override: str) -> Any:
-    if isinstance(target, list):
-        if not key.isdigit() or int(key) >= len(target):
-            raise ConfigError(f"{override!r}: {key!r} is not an index of a list of {len(target)}")
-        inner = target[int(key)]
-    else:
-        inner = target.setdefault(key, {})
-    if not isinstance(inner, dict | list):
-        raise ConfigError(f"{override!r}: {key!r} holds {inner!r}, which has no keys")
-    return inner
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
@@ -460,20 +256,3 @@ def _cards_folder() -> Path:
     from . import model_cards
 
     return Path(next(iter(model_cards.__path__)))
-
-
-def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> str:
-    """One line per problem: the key path, the value, what is allowed, the remedy."""
-    lines = []
-    for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"]) or cls.__name__
-        given = item["input"]
-        shown = repr(given) if len(repr(given)) < 80 else f"{repr(given)[:77]}..."
-        if item["type"] == "missing":
-            lines.append(f"{path}: this key is missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(given, dict | Closed) else f" (given {shown})"
-            lines.append(f"{path}: {message}{shown}")
-    prefix = f"{where}: " if where else ""
-    return prefix + "; ".join(lines)
