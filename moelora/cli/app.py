@@ -24,6 +24,7 @@ from .env import env
 from .eval import evaluate
 from .generate import generate
 from .info import info
+from .quickstart import quickstart
 from .schema import schema
 from .train import train
 
@@ -37,6 +38,7 @@ app = typer.Typer(
     epilog="Start with `moelora quickstart`; every verb has its own `--help` with an example.",
 )
 
+app.command()(quickstart)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)

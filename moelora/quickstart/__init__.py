@@ -1,0 +1,9 @@
+"""The quickstart: plan a run that fits the minutes, carry it out, report it, reload it."""
+
+from __future__ import annotations
+
+from .plan import Settings
+from .reload import check
+from .run import run
+
+__all__ = ["Settings", "check", "run"]
