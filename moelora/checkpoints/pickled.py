@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -182,7 +183,10 @@ class PickleFile(TensorFile):
         return extents
 
     def _allow_only_tensors(self, content: bytes) -> None:
-        for opcode, argument, _ in pickletools.genops(content):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of odd escapes in a hostile name
+            instructions = list(pickletools.genops(content))
+        for opcode, argument, _ in instructions:
             if opcode.name == "GLOBAL" and argument not in _GLOBALS:
                 raise self._refuse(f"a reference to {str(argument).replace(' ', '.')!r}, which could run code")
             # A huge memo index would make the unpickler allocate as much.
