@@ -1,99 +1,23 @@
-"""A tiny mixture, tiny data of unequal lengths, and a trainer for them."""
+"""Fixtures around the tiny runs; puts them where child processes find them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_runs import Gradients, Rows, build_model, build_rows, build_trainer
 
 import moelora
-from moelora.data import Collator
 from moelora.trainers import SFTTrainer
 
-SITES = [
-    {
-        "target": "mlp",
-        "experts": {"kind": "lora", "num_experts": 4, "r": 2, "alpha": 4, "dropout": 0.0},
-        "router": {"kind": "topk", "top_k": 2, "aux_loss_coef": 0.1},
-    },
-    {"target": ["q_proj", "v_proj"], "experts": {"kind": "lora", "num_experts": 1, "r": 2, "dropout": 0.0}},
-]
-
-Rows = list[dict[str, list[int]]]
 MakeModel = Callable[..., moelora.MoELoRAModel]
 MakeTrainer = Callable[..., SFTTrainer]
-
-
-def build_model(dropout: float = 0.0, router: dict[str, Any] | None = None) -> moelora.MoELoRAModel:
-    """Always the same weights; lora_B is not zero, so that every gradient is non-trivial."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    sites = [{**site, "experts": {**site["experts"], "dropout": dropout}} for site in SITES]
-    sites[0]["router"] = {**sites[0]["router"], "init_std": 0.5, **(router or {})}
-    model = moelora.attach(LlamaForCausalLM(config), {"sites": sites})
-    with torch.no_grad():
-        for name, tensor in model.adapter_tensors().items():
-            if name.endswith("lora_B"):
-                tensor.normal_(std=0.2)
-    return model
-
-
-def build_rows(count: int = 32, seed: int = 1) -> Rows:
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(count):
-        length = int(torch.randint(4, 12, (1,), generator=generator))
-        prompt = int(torch.randint(1, 3, (1,), generator=generator))
-        ids = torch.randint(3, 64, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return rows
-
-
-def build_trainer(folder: Path | str, model: moelora.MoELoRAModel, rows: Rows | None = None, **options: Any) -> SFTTrainer:
-    """An SFTTrainer; options that are no arguments of the trainer itself go to TrainingArguments."""
-    own = {"step_balance", "router_learning_rate", "callbacks", "eval_dataset", "compute_metrics", "optimizers"}
-    trainer = {name: options.pop(name) for name in own & set(options)}
-    args = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    arguments = TrainingArguments(output_dir=str(folder), **{**args, **options})
-    return SFTTrainer(
-        model, arguments, data_collator=Collator(0), train_dataset=build_rows() if rows is None else rows, **trainer
-    )
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients that each optimizer step was about to use."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append({name: p.grad.clone() for name, p in model.adapter_tensors().items()})
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_a_backbone_whose_loss_takes_no_token_count(make_model, make_trainer, gr
 
 
 def test_what_would_lose_the_auxiliary_losses_is_refused(make_model, make_trainer, tiny_llama, tmp_path: Path):
-    with pytest.raises(ConfigError, match="label_smoothing_factor=0.1"):
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1"):
         make_trainer(make_model(), label_smoothing_factor=0.1)
     with pytest.raises(ConfigError, match="LlamaForCausalLM"):
         make_trainer(tiny_llama)
