@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Plan:
         edges = [0]
         for rank in ranks:
             edges.append(edges[-1] + rank)
-        columns = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        columns = [slice(a, b) for a, b in pairwise(edges)]
         return cls(slot_N, torch.div(slot_N, slots, rounding_mode="floor"), chunks, columns)
 
 
@@ -134,107 +135,149 @@ def sorted_(
 
 
 class _SortedMix(torch.autograd.Function):
-    """One autograd node; saves tensors of size T only, and recomputes the experts' rows in the backward pass."""
+    """One autograd node; saves tensors of size T only, and recomputes the experts' rows in the backward pass.
+
+    With d_mix and d_low the gradients of the two outputs, the gradient of expert e's activation is ``w_e v`` where
+    ``v = d_mix + d_low A_down,e``, and that of its weight is the inner product of v and a_e, low-rank part included.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, activation: Activation, normalized: bool, *tensors: Tensor | None) -> Any:
         x = BlockInputs(*tensors)  # type: ignore[arg-type]
         with torch.autocast(x.activated_TF.device.type, enabled=False):
             weight_N1 = x.weights_TK.reshape(-1)[plan.slot_N].unsqueeze(1)
-            if normalized:
-                mix = activation(x.activated_TF)
-                mix = mix.clone() if x.multiplied_TF is None else mix.mul_(x.multiplied_TF)
-            else:
-                mix = torch.zeros_like(x.activated_TF)
-            low = unweighted = None
-            if x.A_down_RF is not None:
-                low = mix.new_zeros(mix.shape[0], x.A_down_RF.shape[0])
-                unweighted = torch.zeros_like(low)
-            for expert, rows in plan.chunks:
-                token, weight, columns = plan.token_N[rows], weight_N1[rows], plan.columns[expert]
-                half = _Rows(x, token, columns)
-                a = activation(half.activated)
-                if half.multiplied is not None:
-                    a = a * half.multiplied
-                if low is not None and unweighted is not None and x.A_down_RF is not None:
+            base = _frozen(x, activation) if normalized else None
+            mix = torch.zeros_like(x.activated_TF) if base is None else base.clone()
+            low = None if x.A_down_RF is None else mix.new_zeros(mix.shape[0], x.A_down_RF.shape[0])
+            rows = _Rows(x, plan, buffers=3)
+            for expert, part in plan.chunks:
+                token, weight, columns = plan.token_N[part], weight_N1[part], plan.columns[expert]
+                a = activation(rows.half("activated", token, columns))
+                if x.multiplied_TF is not None:
+                    a = torch.mul(a, rows.half("multiplied", token, columns), out=rows.buffer(2, token))
+                if low is not None and x.A_down_RF is not None:
                     kept = a if x.keep_TF is None else a * x.keep_TF.index_select(0, token)
-                    part = kept @ x.A_down_RF[columns].T
-                    unweighted[:, columns].index_copy_(0, token, part)
-                    low[:, columns].index_copy_(0, token, part * weight)
-                if normalized:
-                    a = a - _frozen_rows(x, token, activation)
-                mix.index_add_(0, token, a * weight)
-        ctx.save_for_backward(*tensors, weight_N1, unweighted)
-        ctx.plan, ctx.activation = plan, activation
+                    low[:, columns].index_copy_(0, token, (kept @ x.A_down_RF[columns].T).mul_(weight))
+                if base is not None:
+                    a = torch.sub(a, rows.gather(base, token, 1), out=rows.buffer(2, token))
+                mix.index_add_(0, token, torch.mul(a, weight, out=rows.buffer(2, token)))
+        ctx.save_for_backward(*tensors, weight_N1)
+        ctx.plan, ctx.activation, ctx.normalized = plan, activation, normalized
         return mix, low
 
     @staticmethod
     def backward(ctx: Any, d_mix: Tensor, d_low: Tensor | None) -> Any:  # type: ignore[override]
-        *tensors, weight_N1, unweighted = ctx.saved_tensors
+        *tensors, weight_N1 = ctx.saved_tensors
         x, plan = BlockInputs(*tensors), ctx.plan
-        grads = {f.name: _zeros(t) for f, t in zip(fields(BlockInputs), tensors, strict=True) if f.name != "keep_TF"}
-        d_weight_N1 = torch.zeros_like(weight_N1)
+        grads = _Gradients(x)
+        exact = torch.promote_types(weight_N1.dtype, torch.float32)
+        d_weight_N1 = torch.zeros_like(weight_N1, dtype=exact)
         with torch.autocast(x.activated_TF.device.type, enabled=False):
-            for expert, rows in plan.chunks:
-                token, weight, columns = plan.token_N[rows], weight_N1[rows], plan.columns[expert]
-                half = _Rows(x, token, columns)
-                d_mix_rows = d_mix.index_select(0, token)
-                act, act_backward = _activate(ctx.activation, half.activated)
-                a = act if half.multiplied is None else act * half.multiplied
-                d_weight_N1[rows] = (d_mix_rows * a).sum(1, keepdim=True)
-                d_a = d_mix_rows * weight
+            rows = _Rows(x, plan, buffers=4)
+            for expert, part in plan.chunks:
+                token, weight, columns = plan.token_N[part], weight_N1[part], plan.columns[expert]
+                p = rows.half("activated", token, columns)
+                act, act_backward = _activate(ctx.activation, p)
+                a, u = act, None
+                if x.multiplied_TF is not None:
+                    u = rows.half("multiplied", token, columns)
+                    a = torch.mul(act, u, out=rows.buffer(2, token))
+                v = rows.gather(d_mix, token, 3)
                 if x.A_down_RF is not None and d_low is not None:
                     d_part = d_low[:, columns].index_select(0, token)
-                    seen = unweighted[:, columns].index_select(0, token)
-                    d_weight_N1[rows] += (d_part * seen).sum(1, keepdim=True)
-                    d_part = d_part * weight
                     keep = None if x.keep_TF is None else x.keep_TF.index_select(0, token)
-                    grads["A_down_RF"][columns].addmm_(d_part.T, a if keep is None else a * keep)
-                    back = d_part @ x.A_down_RF[columns]
-                    d_a = d_a.add_(back if keep is None else back * keep)
-                if half.multiplied is not None:
-                    half.add_gradient("multiplied", d_a * act, grads)
-                    d_a = d_a * half.multiplied
-                half.add_gradient("activated", act_backward(d_a), grads)
-        d_weights = torch.zeros_like(x.weights_TK)
-        d_weights.view(-1)[plan.slot_N] = d_weight_N1.squeeze(1)
-        grads["weights_TK"] = d_weights
-        return None, None, None, *(grads.get(field.name) for field in fields(BlockInputs))
+                    grads.add_A_down(columns, d_part * weight, a if keep is None else a * keep)
+                    if keep is None:
+                        v.addmm_(d_part, x.A_down_RF[columns])
+                    else:
+                        v.addcmul_(d_part @ x.A_down_RF[columns], keep)
+                d_weight_N1[part] = torch.mul(a, v, out=rows.buffer(2, token)).sum(1, keepdim=True, dtype=exact)
+                d_a = v.mul_(weight)
+                if u is not None:
+                    grads.add_half("multiplied", token, columns, torch.mul(act, d_a, out=rows.buffer(2, token)))
+                    d_a = d_a.mul_(u)
+                grads.add_half("activated", token, columns, act_backward(d_a))
+        grads.weights_TK = _weight_gradient(d_weight_N1, x.weights_TK, plan, ctx.normalized)
+        return None, None, None, *grads.in_order()
+
+
+def _weight_gradient(d_weight_N1: Tensor, weights_TK: Tensor, plan: Plan, normalized: bool) -> Tensor:
+    """Gradients of the occupied slots, put into place (T, K).
+
+    The weights of a token that always sum to 1 have no gradient along that sum. The part of it is taken off here, where
+    the precision is full: experts that hardly differ yet would otherwise leave nothing but rounding to the router.
+    """
+    d_weights = d_weight_N1.new_zeros(weights_TK.shape)
+    d_weights.view(-1)[plan.slot_N] = d_weight_N1.squeeze(1)
+    if normalized:
+        d_weights -= (d_weights * weights_TK).sum(-1, keepdim=True)
+    return d_weights.to(weights_TK.dtype)
 
 
 class _Rows:
-    """The two pre-activations of one expert for one chunk of its tokens, and the way back from their gradients."""
+    """Rows of one expert for one chunk of its tokens, in buffers that all chunks share."""
 
-    def __init__(self, x: BlockInputs, token: Tensor, columns: slice) -> None:
-        self.x, self.token, self.columns = x, token, columns
-        self.activated = self._half(x.activated_TF, x.low_activated_TR, x.B_activated_FR)
-        self.multiplied = None
-        if x.multiplied_TF is not None:
-            self.multiplied = self._half(x.multiplied_TF, x.low_multiplied_TR, x.B_multiplied_FR)
+    def __init__(self, x: BlockInputs, plan: Plan, buffers: int) -> None:
+        self.x = x
+        longest = max((part.stop - part.start for _, part in plan.chunks), default=0)
+        self.buffers = [x.activated_TF.new_empty(longest, x.activated_TF.shape[1]) for _ in range(buffers)]
 
-    def _half(self, frozen: Tensor, low: Tensor | None, lora_B: Tensor | None) -> Tensor:
-        rows = frozen.index_select(0, self.token)
+    def buffer(self, index: int, token: Tensor) -> Tensor:
+        return self.buffers[index][: token.shape[0]]
+
+    def gather(self, source: Tensor, token: Tensor, index: int) -> Tensor:
+        """(n, F) the rows of ``source`` in buffer ``index``."""
+        return torch.index_select(source, 0, token, out=self.buffer(index, token))
+
+    def half(self, name: str, token: Tensor, columns: slice) -> Tensor:
+        """(n, F) one pre-activation with the expert's update, in buffer 0 or 1."""
+        rows = self.gather(getattr(self.x, f"{name}_TF"), token, int(name == "multiplied"))
+        low, lora_B = getattr(self.x, f"low_{name}_TR"), getattr(self.x, f"B_{name}_FR")
         if low is None or lora_B is None:
             return rows
-        return rows.addmm_(low[:, self.columns].index_select(0, self.token), lora_B[:, self.columns].T)
+        return rows.addmm_(low[:, columns].index_select(0, token), lora_B[:, columns].T)
 
-    def add_gradient(self, name: str, d_rows: Tensor, grads: dict[str, Any]) -> None:
-        """Add the gradient (n, F) of one half to the gradients of what it was made of."""
-        grads[f"{name}_TF"].index_add_(0, self.token, d_rows)
+
+class _Gradients:
+    """Gradients of the block's inputs, summed up chunk by chunk; those of ``lora_B`` transposed, which is faster."""
+
+    def __init__(self, x: BlockInputs) -> None:
+        self.x = x
+        self.weights_TK: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
+        for name in ("activated", "multiplied"):
+            frozen, low, lora_B = (getattr(x, key.format(name)) for key in ("{}_TF", "low_{}_TR", "B_{}_FR"))
+            if frozen is not None:
+                self.sums[f"{name}_TF"] = torch.zeros_like(frozen)
+            if low is not None and lora_B is not None:
+                self.sums[f"low_{name}_TR"] = torch.zeros_like(low)
+                self.sums[f"B_{name}_FR"] = lora_B.new_zeros(lora_B.shape[1], lora_B.shape[0])
+        if x.A_down_RF is not None:
+            self.sums["A_down_RF"] = torch.zeros_like(x.A_down_RF)
+
+    def add_A_down(self, columns: slice, d_part: Tensor, a: Tensor) -> None:
+        self.sums["A_down_RF"][columns].addmm_(d_part.T, a)
+
+    def add_half(self, name: str, token: Tensor, columns: slice, d_rows: Tensor) -> None:
+        """Add the gradient (n, F) of one pre-activation to the gradients of what it was made of."""
+        self.sums[f"{name}_TF"].index_add_(0, token, d_rows)
         low, lora_B = getattr(self.x, f"low_{name}_TR"), getattr(self.x, f"B_{name}_FR")
-        if low is not None:
-            seen = low[:, self.columns].index_select(0, self.token)
-            grads[f"B_{name}_FR"][:, self.columns].addmm_(d_rows.T, seen)
-            grads[f"low_{name}_TR"][:, self.columns].index_copy_(0, self.token, d_rows @ lora_B[:, self.columns])
+        if low is not None and lora_B is not None:
+            self.sums[f"B_{name}_FR"][columns].addmm_(low[:, columns].index_select(0, token).T, d_rows)
+            self.sums[f"low_{name}_TR"][:, columns].index_copy_(0, token, d_rows @ lora_B[:, columns])
+
+    def in_order(self) -> list[Tensor | None]:
+        """In the order of the fields of :class:`BlockInputs`."""
+        found: dict[str, Tensor | None] = {**self.sums, "weights_TK": self.weights_TK}
+        for name in ("B_activated_FR", "B_multiplied_FR"):
+            if name in self.sums:
+                found[name] = self.sums[name].T
+        return [found.get(field.name) for field in fields(BlockInputs)]
 
 
-def _frozen_rows(x: BlockInputs, token: Tensor, activation: Activation) -> Tensor:
-    a = activation(x.activated_TF.index_select(0, token))
-    return a if x.multiplied_TF is None else a * x.multiplied_TF.index_select(0, token)
-
-
-def _zeros(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.zeros_like(tensor)
+def _frozen(x: BlockInputs, activation: Activation) -> Tensor:
+    a = activation(x.activated_TF)
+    return a if x.multiplied_TF is None else a * x.multiplied_TF
 
 
 def _activate(activation: Activation, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

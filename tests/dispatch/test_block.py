@@ -176,10 +176,12 @@ def test_normalised_gradients_are_those_of_autograd(route: str, options: dict[st
     assert_same(fast, slow, 1e-11)
 
 
-@pytest.mark.parametrize("act", [F.silu, F.gelu, F.relu, torch.nn.SiLU(), torch.square], ids=str)
+@pytest.mark.parametrize("act", [F.silu, F.gelu, F.relu, torch.nn.SiLU(), torch.square, torch.nn.Identity()], ids=str)
 def test_any_activation(act: Callable[[Tensor], Tensor]) -> None:
-    case = make()
-    assert_same(gradients("sorted", case, act=act), gradients("reference", case, act=act), 1e-11)
+    for case in (make(), make(gated=False)):
+        assert_same(gradients("sorted", case, act=act), gradients("reference", case, act=act), 1e-11)
+        slow = gradients("reference", unit(case), act=act, normalized=True)
+        assert_same(gradients("sorted", unit(case), act=act, normalized=True), slow, 1e-11)
 
 
 def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,3 +299,18 @@ def test_padding_rows_that_no_expert_takes_have_no_gradient() -> None:
     for row in (1, 6):
         for name in ("mix", "low", "activated_TF", "multiplied_TF", "low_activated_TR", "weights_TK"):
             assert float(found[name][row].abs().sum()) == 0, name
+
+
+def test_the_router_learns_from_small_differences_in_half_precision() -> None:
+    """Experts that hardly differ: the gradient of normalised weights is a small difference of large numbers."""
+    inputs, indices_TK = unit(make("top2", inner=1024, down=False))
+    small = {n: getattr(inputs, n) * 0.02 for n in ("B_activated_FR", "B_multiplied_FR")}
+    inputs = replace(inputs, **small)
+    half = BlockInputs(*(None if (t := getattr(inputs, n)) is None else t.bfloat16() for n in NAMES))
+    rounded = BlockInputs(*(None if (t := getattr(half, n)) is None else t.double() for n in NAMES))
+    exact = gradients("reference", (rounded, indices_TK), normalized=True)["weights_TK"]
+    error = {}
+    for name in IMPLEMENTATIONS:
+        found = gradients(name, (half, indices_TK), normalized=True)["weights_TK"]
+        error[name] = float((found.double() - exact).norm() / exact.norm())
+    assert error["sorted"] < 1.2 * error["reference"], error
