@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+def pytest_report_header() -> str:
+    """Say which moelora is under test: a checkout's, or an installed wheel's."""
+    import moelora
+
+    return f"moelora: {Path(moelora.__file__).parent}"
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same random state, whichever tests ran before it in the process."""
