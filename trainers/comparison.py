@@ -130,6 +130,7 @@ def train_and_score(
     output: Path,
     seed: int,
     max_new_tokens: int,
+    batch_size: int,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
     then: Callable[[MoELoRAModel, Outcome], None] | None = None,
@@ -155,7 +156,7 @@ def train_and_score(
         seconds = time.perf_counter() - began
     losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
     tail = losses[-max(1, len(losses) // 10) :]
-    report = score(model, tokenizer, test, max_new_tokens=max_new_tokens, progress=progress)
+    report = score(model, tokenizer, test, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     outcome = Outcome(
         report=report,
         tokens=int(trainer.state.num_input_tokens_seen),

@@ -39,9 +39,7 @@ def write_probe(
         tensors[f"{task}.input_ids"] = ids
         tensors[f"{task}.logits"] = _logits(model, ids)
     save_file(tensors, folder / PROBE)
-    questions = [
-        {"task": e.task, "prompt": e.prompt, "answer": e.answer, "system": e.system} for e in first.values()
-    ]
+    questions = [{"task": e.task, "prompt": e.prompt, "answer": e.answer, "system": e.system} for e in first.values()]
     (folder / QUESTIONS).write_text(json.dumps(questions, indent=2) + "\n", encoding="utf-8")
 
 
