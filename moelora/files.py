@@ -1,8 +1,8 @@
 """Writing folders so that a crash, a full disk or a second writer never leaves half of one.
 
 A folder is written under another name, brought to disk, and takes its place in one rename. Where the place is taken,
-the new files wait, whole, in ``.pending`` inside it and are then moved in one by one, the manifest last; whoever comes
-next finishes a move that was cut short. Files that the new folder does not have are left alone.
+the new files wait, whole, in ``.moelora-pending`` inside it and are then moved in one by one, the manifest last;
+whoever comes next finishes a move that was cut short. Files that the new folder does not have are left alone.
 
 Locks are advisory ones on the directories themselves: they leave no file behind and end with the process. Where the
 file system or the operating system (Windows) has none, a single writer per folder is assumed.
@@ -11,12 +11,11 @@ file system or the operating system (Windows) has none, a single writer per fold
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -27,8 +26,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
-PENDING = ".pending"
-_SAVING = ".saving-"
+PENDING = ".moelora-pending"
+SAVING = ".moelora-saving-"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -65,9 +64,7 @@ def staged(final: Path, need: int = 0) -> Iterator[Path]:
     """
     if final.exists() and not final.is_dir():
         raise CheckpointError(f"{final}: a file is there; a checkpoint is a folder: choose another path")
-    inside = final.is_dir()
-    parent = final if inside else final.parent
-    prefix = _SAVING if inside else f".{final.name}{_SAVING}"
+    parent = final if final.is_dir() else final.parent
     with plain_errors(final):
         parent.mkdir(parents=True, exist_ok=True)
         have = free_bytes(parent)
@@ -77,16 +74,18 @@ def staged(final: Path, need: int = 0) -> Iterator[Path]:
                 "another folder"
             )
         with locked(parent):
-            _remove_abandoned(parent, prefix)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            folder.chmod(0o777 & ~_umask())
-            alive = _lock(folder, wait=False)
+            _remove_abandoned(parent)
+            outer = Path(tempfile.mkdtemp(prefix=SAVING, dir=parent))
+            alive = _lock(outer, wait=False)
         try:
+            # The outer folder holds the lock, the inner one is free for another writer to lock.
+            folder = outer / final.name
+            folder.mkdir()
             yield folder
         finally:
             if alive is not None:
                 os.close(alive)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 def install(folder: Path, final: Path) -> None:
@@ -166,29 +165,29 @@ def _lock(folder: Path, wait: bool, shared: bool = False) -> int | None:
     """A file descriptor that holds the lock, or ``None`` where it is taken or cannot be had."""
     if fcntl is None:
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = None
     try:
+        handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
         return None
     return handle
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for path in parent.glob(f"{glob.escape(prefix)}*"):
-        # A living writer holds the lock of its folder.
-        with suppress(FileNotFoundError, NotADirectoryError):
-            handle = _lock(path, wait=False)
-            if handle is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(handle)
+def _remove_abandoned(parent: Path) -> None:
+    for path in parent.glob(f"{SAVING}*"):
+        handle = _lock(path, wait=False)
+        if handle is not None:  # a living writer would hold it
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(handle)
 
 
 def files_below(folder: Path) -> list[str]:
     """Relative names, with forward slashes and sorted, of all files below ``folder`` but the manifest and staging."""
     names = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
-    ours = (name for name in names if not name.parts[0].startswith((_SAVING, PENDING)))
+    ours = (name for name in names if not name.parts[0].startswith((SAVING, PENDING)))
     return sorted(name.as_posix() for name in ours if name.as_posix() != MANIFEST)
 
 
@@ -227,9 +226,3 @@ def free_bytes(path: Path) -> int:
 def megabytes(count: int) -> str:
     """``"12.3 MB"``."""
     return f"{count / 1e6:,.1f} MB"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
