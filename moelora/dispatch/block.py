@@ -146,10 +146,9 @@ class _SortedMix(torch.autograd.Function):
         x = BlockInputs(*tensors)  # type: ignore[arg-type]
         with torch.autocast(x.activated_TF.device.type, enabled=False):
             weight_N1 = x.weights_TK.reshape(-1)[plan.slot_N].unsqueeze(1)
-            base = _frozen(x, activation) if normalized else None
-            mix = torch.zeros_like(x.activated_TF) if base is None else base.clone()
+            mix = _frozen(x, activation) if normalized else torch.zeros_like(x.activated_TF)
             low = None if x.A_down_RF is None else mix.new_zeros(mix.shape[0], x.A_down_RF.shape[0])
-            rows = _Rows(x, plan, buffers=3)
+            rows = _Rows(x, plan, buffers=4)
             for expert, part in plan.chunks:
                 token, weight, columns = plan.token_N[part], weight_N1[part], plan.columns[expert]
                 a = activation(rows.half("activated", token, columns))
@@ -158,8 +157,8 @@ class _SortedMix(torch.autograd.Function):
                 if low is not None and x.A_down_RF is not None:
                     kept = a if x.keep_TF is None else a * x.keep_TF.index_select(0, token)
                     low[:, columns].index_copy_(0, token, (kept @ x.A_down_RF[columns].T).mul_(weight))
-                if base is not None:
-                    a = torch.sub(a, rows.gather(base, token, 1), out=rows.buffer(2, token))
+                if normalized:
+                    a = torch.sub(a, rows.frozen(activation, token), out=rows.buffer(2, token))
                 mix.index_add_(0, token, torch.mul(a, weight, out=rows.buffer(2, token)))
         ctx.save_for_backward(*tensors, weight_N1)
         ctx.plan, ctx.activation, ctx.normalized = plan, activation, normalized
@@ -229,6 +228,17 @@ class _Rows:
         """(n, F) the rows of ``source`` in buffer ``index``."""
         return torch.index_select(source, 0, token, out=self.buffer(index, token))
 
+    def frozen(self, activation: Activation, token: Tensor) -> Tensor:
+        """(n, F) the frozen activation, computed from the same rows in the same place as an expert's.
+
+        Taking rows of the frozen mix instead would be quicker, but an elementwise kernel may round the last elements of
+        a tensor in another way than the rest, and then an expert without an update would differ from the frozen layer.
+        """
+        a = activation(self.gather(self.x.activated_TF, token, 1))
+        if self.x.multiplied_TF is None:
+            return a
+        return torch.mul(a, self.gather(self.x.multiplied_TF, token, 3), out=self.buffer(1, token))
+
     def half(self, name: str, token: Tensor, columns: slice) -> Tensor:
         """(n, F) one pre-activation with the expert's update, in buffer 0 or 1."""
         rows = self.gather(getattr(self.x, f"{name}_TF"), token, int(name == "multiplied"))
@@ -277,7 +287,7 @@ class _Gradients:
 
 def _frozen(x: BlockInputs, activation: Activation) -> Tensor:
     a = activation(x.activated_TF)
-    return a if x.multiplied_TF is None else a * x.multiplied_TF
+    return a.clone() if x.multiplied_TF is None else a * x.multiplied_TF
 
 
 def _activate(activation: Activation, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
