@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,11 +51,19 @@ def plain_errors(path: Path, doing: str = "writing") -> Iterator[None]:
         raise CheckpointError(f"{path}: {doing} failed at {where}: {reason}; {remedy}") from error
 
 
+def os_error(error: Exception, path: Path) -> OSError:
+    """The ``OSError`` behind another library's report of a failed write; the number is in its text, if anywhere."""
+    found = re.search(r"os error ([0-9]+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else str(error), str(path))
+
+
 @contextmanager
 def staged(final: Path, need: int = 0) -> Iterator[Path]:
     """A fresh folder to write into, on the file system of ``final``; put it in place with :func:`install`.
 
-    Whatever is still there when the block ends is deleted, and so is what a writer that was killed has left.
+    Whatever is still there when the block ends is deleted, and so is what a writer that was killed has left. An
+    ``OSError`` in the block is reported as one of writing ``final``.
 
     Args:
         need: bytes about to be written; checked against the free space first.
@@ -80,8 +89,9 @@ def staged(final: Path, need: int = 0) -> Iterator[Path]:
         try:
             # The outer folder holds the lock, the inner one is free for another writer to lock.
             folder = outer / final.name
-            folder.mkdir()
-            yield folder
+            with plain_errors(final):
+                folder.mkdir()
+                yield folder
         finally:
             if alive is not None:
                 os.close(alive)

@@ -187,6 +187,7 @@ class Layout(ABC):
         """Write the files into an empty folder.
 
         Raises:
+            OSError: writing failed.
             CheckpointError: the layout cannot express this mixture; the message says all that stands against it.
         """
 

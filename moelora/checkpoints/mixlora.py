@@ -229,14 +229,11 @@ class MixLoRALayout(Layout):
         ordered: dict[str, Tensor] = {
             key: nn.Parameter(tensors[key].detach().to("cpu", torch.float32)) for key in sorted(tensors, key=_place)
         }
-        with files.plain_errors(folder):
-            (folder / CONFIG).write_text(json.dumps(values, indent=4), encoding="utf-8")
-            try:
-                torch.save(ordered, folder / TENSORS[-1])
-            except RuntimeError as error:  # how torch reports a full disk
-                raise CheckpointError(
-                    f"{folder / TENSORS[-1]}: writing failed: {error}; free some space or choose another folder"
-                ) from error
+        (folder / CONFIG).write_text(json.dumps(values, indent=4), encoding="utf-8")
+        try:
+            torch.save(ordered, folder / TENSORS[-1])
+        except RuntimeError as error:  # how torch reports a full disk
+            raise files.os_error(error, folder / TENSORS[-1]) from error
 
 
 def _generation(file: TensorFile, targets: list[str]) -> int:

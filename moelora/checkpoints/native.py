@@ -172,17 +172,15 @@ def _write(folder: Path, content: Content, card: str | None) -> None:
         mixture=content.mixture,
         sites=[list(names) for names in content.sites],
     )
-    with files.plain_errors(folder):
-        (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
-        (folder / CARD).write_text(card or default_card(content), encoding="utf-8")
-        values = {name: value.detach().cpu().contiguous() for name, value in content.tensors.items()}
-        try:
-            save_file(values, folder / TENSORS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{folder / TENSORS}: writing failed: {error}; {files.megabytes(files.free_bytes(folder))} are free "
-                "there: free some space or choose another folder; what was there before is untouched"
-            ) from error
+    (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+    (folder / CARD).write_text(card or default_card(content), encoding="utf-8")
+    values = {name: value.detach().cpu().contiguous() for name, value in content.tensors.items()}
+    try:
+        save_file(values, folder / TENSORS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise files.os_error(error, folder / TENSORS) from error
+    # safetensors makes a file that only its owner may read.
+    (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)
 
 
 def default_card(content: Content) -> str:
