@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of one expert that are worked on at once. On a CPU a chunk of 256 rows of a 1536-wide FFN stays in the cache.
-CPU_CHUNK = 256
+# Rows of one expert that are worked on at once: with 128 rows of a 1536-wide FFN the buffers stay near the core.
+CPU_CHUNK = 128
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -125,8 +125,8 @@ def sorted_(
 ) -> tuple[Tensor, Tensor | None]:
     """The mix (T, F) and the weighted low-rank activations (T, R), tokens grouped by expert; see the module's text.
 
-    With ``normalized`` the mix is taken as ``a_0 + sum_e w_e (a_e - a_0)`` around the frozen activation a_0, which is
-    the same number where the weights sum to 1, and is a_0 itself bit for bit while the updates are zero.
+    With ``normalized`` the weights of every token sum to 1: while no expert changes anything, the mix is then the
+    frozen activation itself, bit for bit, rather than a sum that rounds to it.
     """
     plan = Plan.make(indices_TK, ranks)
     tensors = [getattr(inputs, field.name) for field in fields(BlockInputs)]
@@ -146,9 +146,10 @@ class _SortedMix(torch.autograd.Function):
         x = BlockInputs(*tensors)  # type: ignore[arg-type]
         with torch.autocast(x.activated_TF.device.type, enabled=False):
             weight_N1 = x.weights_TK.reshape(-1)[plan.slot_N].unsqueeze(1)
-            mix = _frozen(x, activation) if normalized else torch.zeros_like(x.activated_TF)
+            still = normalized and not _any_update(x)
+            mix = _frozen(x, activation) if still else torch.zeros_like(x.activated_TF)
             low = None if x.A_down_RF is None else mix.new_zeros(mix.shape[0], x.A_down_RF.shape[0])
-            rows = _Rows(x, plan, buffers=4)
+            rows = _Rows(x, plan, buffers=3)
             for expert, part in plan.chunks:
                 token, weight, columns = plan.token_N[part], weight_N1[part], plan.columns[expert]
                 a = activation(rows.half("activated", token, columns))
@@ -157,9 +158,8 @@ class _SortedMix(torch.autograd.Function):
                 if low is not None and x.A_down_RF is not None:
                     kept = a if x.keep_TF is None else a * x.keep_TF.index_select(0, token)
                     low[:, columns].index_copy_(0, token, (kept @ x.A_down_RF[columns].T).mul_(weight))
-                if normalized:
-                    a = torch.sub(a, rows.frozen(activation, token), out=rows.buffer(2, token))
-                mix.index_add_(0, token, torch.mul(a, weight, out=rows.buffer(2, token)))
+                if not still:
+                    mix.index_add_(0, token, torch.mul(a, weight, out=rows.buffer(2, token)))
         ctx.save_for_backward(*tensors, weight_N1)
         ctx.plan, ctx.activation, ctx.normalized = plan, activation, normalized
         return mix, low
@@ -228,17 +228,6 @@ class _Rows:
         """(n, F) the rows of ``source`` in buffer ``index``."""
         return torch.index_select(source, 0, token, out=self.buffer(index, token))
 
-    def frozen(self, activation: Activation, token: Tensor) -> Tensor:
-        """(n, F) the frozen activation, computed from the same rows in the same place as an expert's.
-
-        Taking rows of the frozen mix instead would be quicker, but an elementwise kernel may round the last elements of
-        a tensor in another way than the rest, and then an expert without an update would differ from the frozen layer.
-        """
-        a = activation(self.gather(self.x.activated_TF, token, 1))
-        if self.x.multiplied_TF is None:
-            return a
-        return torch.mul(a, self.gather(self.x.multiplied_TF, token, 3), out=self.buffer(1, token))
-
     def half(self, name: str, token: Tensor, columns: slice) -> Tensor:
         """(n, F) one pre-activation with the expert's update, in buffer 0 or 1."""
         rows = self.gather(getattr(self.x, f"{name}_TF"), token, int(name == "multiplied"))
@@ -283,6 +272,13 @@ class _Gradients:
             if name in self.sums:
                 found[name] = self.sums[name].T
         return [found.get(field.name) for field in fields(BlockInputs)]
+
+
+def _any_update(x: BlockInputs) -> bool:
+    """Whether any expert changes a pre-activation; reads one flag back to the host."""
+    halves = ((x.low_activated_TR, x.B_activated_FR), (x.low_multiplied_TR, x.B_multiplied_FR))
+    flags = [low.any() & lora_B.any() for low, lora_B in halves if low is not None and lora_B is not None]
+    return bool(flags) and bool(torch.stack(flags).any())
 
 
 def _frozen(x: BlockInputs, activation: Activation) -> Tensor:
