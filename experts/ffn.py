@@ -120,7 +120,7 @@ def _watch(block: nn.Module, probe: Tensor, linears: dict[str, nn.Module]) -> _S
     try:
         with torch.no_grad():
             output = block(probe)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # another width, or a module that needs more than hidden states
         return None
     finally:
         for handle in handles:

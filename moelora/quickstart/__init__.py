@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .plan import Settings
 from .reload import check
-from .run import run
+from .execute import run
 
 __all__ = ["Settings", "check", "run"]
