@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 from .experts import Container
 from .routing import RoutingContext, RoutingRecord, SiteInfo
@@ -66,3 +69,11 @@ def real_tokens(heard: Heard) -> Tensor | float:
     if record.mask is not None:
         return record.mask.sum()
     return float(record.weights[..., 0].numel())
+
+
+@cache
+def output_class(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The class of the backbone's output with fields for the losses: data parallelism builds outputs anew from it."""
+    fields = [(name, Any, field(default=None)) for name in ("task_loss", "aux_losses", "aux_share")]
+    namespace = {"__module__": __name__}
+    return make_dataclass(f"Mixture{backbone_class.__name__}", fields, bases=(backbone_class,), namespace=namespace)

@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 from .config import BackboneConfig, MixtureConfig
 from .errors import ConfigError
 from .experts import Container
-from .losses import Heard, StepLoad, aux_losses, real_tokens
+from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
 from .routing import RoutingContext, RoutingSlot
 
 
@@ -157,6 +157,7 @@ class MoELoRAModel(PreTrainedModel):
         step_load: StepLoad | None,
     ) -> ModelOutput:
         losses, total = self.aux_losses(heard, step_load)
+        output = output_class(type(output))(**output)
         output["aux_losses"] = losses
         if labels is not None and output.get("loss") is not None:
             share: Tensor | float = 1.0

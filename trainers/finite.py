@@ -71,8 +71,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         if value.is_floating_point():
             yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+        for key, item in value.items():
+            if key != "loss":  # it is no layer's, and follows from the rest
+                yield from _tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)

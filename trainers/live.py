@@ -92,6 +92,8 @@ class LiveProgress(TrainerCallback):
         if self._bar is None:
             step = f"{self.title} {state.global_step}/{state.max_steps}"
             self.console.print(f"{step}  {self._numbers(state)}", highlight=False, soft_wrap=True)
+        else:
+            self._bar.update(self._bar.task_ids[0], numbers=self._numbers(state))
 
     def _numbers(self, state: TrainerState) -> str:
         shown = self._shown

@@ -157,15 +157,6 @@ class Averages:
         self.sums, self.weight = {}, 0.0
         return result
 
-    def state(self) -> dict[str, Any]:
-        """Plain numbers from which :meth:`restore` goes on exactly."""
-        return {"weight": self.weight, "sums": {name: float(value) for name, value in self.sums.items()}}
-
-    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what :meth:`state` returned."""
-        self.weight = float(state["weight"])
-        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state["sums"].items()}
-
 
 @contextmanager
 def only_listener(slot: RoutingSlot, listener: LoadMeter | None = None) -> Iterator[None]:

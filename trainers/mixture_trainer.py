@@ -312,10 +312,12 @@ class MixtureTrainer(CheckpointingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):  # the Trainer fails on one that a resumed run did not have
                 saved.setdefault(type(callback).__name__, {})
+        own = torch.stack([self._tr_loss.double(), *self._window.sums.values()])
         saved[STATE] = {
-            "loss": float(self._mean(self._tr_loss.clone())),
             "last_logged": self._globalstep_last_logged,
-            "window": self._window.state(),
+            "names": list(self._window.sums),
+            "steps": self._window.weight,
+            "sums_of_ranks": self.accelerator.gather(own.unsqueeze(0)).tolist(),
             "load": self.load.state(),
         }
         super()._save_checkpoint(model, trial)
@@ -329,9 +331,12 @@ class MixtureTrainer(CheckpointingTrainer):
         if stored is None:
             return
         device = self.args.device
-        self._tr_loss = torch.tensor(stored["loss"], device=device)
+        sums = torch.tensor(stored["sums_of_ranks"], dtype=torch.float64, device=device)
+        same_ranks = len(sums) == self.accelerator.num_processes
+        loss, *parts = (sums[self.accelerator.process_index] if same_ranks else sums.mean(0)).unbind()
+        self._tr_loss = loss.float()
         self._globalstep_last_logged = stored["last_logged"]
-        self._window.restore(stored["window"], device)
+        self._window.sums, self._window.weight = dict(zip(stored["names"], parts, strict=True)), stored["steps"]
         self.load.restore(stored["load"], device)
 
 

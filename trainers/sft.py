@@ -16,6 +16,7 @@ from ..config import Pluggable, Recipe
 from ..errors import ConfigError
 from ..mixture import MoELoRAModel, attach
 from ..registry import TRAINERS, closest
+from .live import LiveProgress
 from .mixture_trainer import MixtureTrainer
 
 # Where ours differ from the Trainer's own defaults.
@@ -90,13 +91,14 @@ class SFTTrainer(MixtureTrainer):
     """:class:`MixtureTrainer` for tokenised examples; usable by itself.
 
     Rows hold ``input_ids`` and ``labels``, as :func:`moelora.data.tokenize` makes them. Without a ``data_collator``
-    batches are padded on the right with the tokenizer's padding token (``processing_class``).
+    batches are padded on the right with the padding token of ``processing_class``, or its end token.
     """
 
     def __init__(self, model: MoELoRAModel, args: TrainingArguments | None = None, **trainer: Any) -> None:
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None and tokenizer is not None:
-            trainer["data_collator"] = data.Collator(tokenizer.pad_token_id)
+            pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            trainer["data_collator"] = data.Collator(pad)
         super().__init__(model, args, **trainer)
 
 
@@ -156,6 +158,7 @@ class SFT:
             train_dataset=train,
             eval_dataset=test,
             processing_class=tokenizer,
+            callbacks=[LiveProgress()],
             step_balance=config.step_balance,
             router_learning_rate=config.router_learning_rate,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,3 +42,11 @@ def rows() -> Rows:
 @pytest.fixture
 def gradients() -> Gradients:
     return Gradients()
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Children of one server that has imported everything, so that starting one takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "moelora.trainers", "tiny_runs"])
+    return context

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,43 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ROWS, build_model, build_trainer, start, train_and_wait, train_for_long
+from tiny_runs import (
+    ROWS,
+    assert_identical,
+    build_model,
+    build_trainer,
+    outcome,
+    start,
+    train_and_wait,
+    train_for_long,
+)
 
 from moelora import checkpoints
 from moelora.errors import CheckpointError, UserError
-
-VOLATILE = ("runtime", "per_second")
-
-
-def outcome(trainer: Any) -> dict[str, Any]:
-    """Everything that a resumed run has to have in common with the uninterrupted one."""
-    optimizer = trainer.optimizer.state_dict()
-    return {
-        "weights": {name: value.detach().clone() for name, value in trainer.model.adapter_tensors().items()},
-        "optimizer": optimizer["state"],
-        "groups": optimizer["param_groups"],
-        "random": torch.get_rng_state(),
-        "log": [
-            {key: value for key, value in line.items() if not key.endswith(VOLATILE)}
-            for line in trainer.state.log_history
-            if "train_loss" not in line
-        ],
-    }
-
-
-def assert_identical(got: Any, expected: Any, where: str = "") -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(got, expected), where
-    elif isinstance(expected, dict):
-        assert got.keys() == expected.keys(), where
-        for key, value in expected.items():
-            assert_identical(got[key], value, f"{where}.{key}")
-    elif isinstance(expected, list):
-        assert len(got) == len(expected), where
-        for index, value in enumerate(expected):
-            assert_identical(got[index], value, f"{where}.{index}")
-    else:
-        assert got == expected, where
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "step_balance"])
@@ -164,14 +139,6 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
 
 
 # -- other processes -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Children of one server that has imported everything, so that starting one takes no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "moelora.trainers", "tiny_runs"])
-    return context
 
 
 def test_a_folder_is_trained_in_by_one_process(processes, tmp_path):

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 import moelora
 from moelora import checkpoints
 from moelora.data import Collator
-from moelora.trainers import SFTTrainer
+from moelora.trainers import SFTTrainer, TimeBudget
 
 SITES = [
     {
@@ -110,9 +110,43 @@ RUN = {
 }
 
 
+VOLATILE = ("runtime", "per_second")
+
+
 def start(folder: Path, **options: Any) -> Any:
     model = build_model(dropout=0.2, router={"jitter": 0.1})
     return build_trainer(folder, model, ROWS, eval_dataset=ROWS[:4], **{**RUN, **options})
+
+
+def outcome(trainer: Any) -> dict[str, Any]:
+    """Everything that a resumed run has to have in common with the uninterrupted one."""
+    optimizer = trainer.optimizer.state_dict()
+    return {
+        "weights": {name: value.detach().clone() for name, value in trainer.model.adapter_tensors().items()},
+        "optimizer": optimizer["state"],
+        "groups": optimizer["param_groups"],
+        "random": torch.get_rng_state(),
+        "log": [
+            {key: value for key, value in line.items() if not key.endswith(VOLATILE)}
+            for line in trainer.state.log_history
+            if "train_loss" not in line
+        ],
+    }
+
+
+def assert_identical(got: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected), where
+    elif isinstance(expected, dict):
+        assert got.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_identical(got[key], value, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(got) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_identical(got[index], value, f"{where}.{index}")
+    else:
+        assert got == expected, where
 
 
 class _Wait(TrainerCallback):
@@ -139,3 +173,46 @@ def train_for_long(folder: Path, announce: Any) -> None:
 
     trainer = start(folder, max_steps=10_000, eval_strategy="no", save_total_limit=3, callbacks=[Announce()])
     trainer.train(resume_from_checkpoint=checkpoints.latest(folder) is not None)
+
+
+def distributed(rank: int, world: int, port: int, folder: Path) -> None:
+    """One of several processes that train together over gloo; each writes down what came of each case."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    results: dict[str, Any] = {}
+    for average in (True, False):
+        for step_balance in (True, False):
+            gradients, model = Gradients(), build_model()
+            loads: list[torch.Tensor] = []
+            router = model.containers()["model.layers.0.mlp"].router
+            assert router is not None
+            router.on_step_end = loads.append  # type: ignore[method-assign]
+            trainer = build_trainer(
+                folder / "losses",
+                model,
+                max_steps=1,
+                gradient_accumulation_steps=2,
+                train_sampling_strategy="sequential",
+                max_grad_norm=0.0,
+                average_tokens_across_devices=average,
+                step_balance=step_balance,
+                callbacks=[gradients],
+            )
+            trainer.train()
+            log = trainer.state.log_history[0]
+            results[f"{average}, {step_balance}"] = {"grads": gradients.steps[0], "log": log, "load": loads}
+    options = {"eval_strategy": "no", "max_steps": 5, "callbacks": [TimeBudget(5)]}
+    whole = start(folder / "whole", **options)
+    whole.train()
+    resumed = start(folder / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    results["whole"], results["resumed"] = outcome(whole), outcome(resumed)
+    torch.save(results, folder / f"results-{rank}.pt")
+    torch.distributed.destroy_process_group()
