@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,9 +46,16 @@ def load_mapping(path: Path) -> dict[str, Any]:
     if not regular_file(path):
         raise CheckpointError(f"{path}: missing; expected a JSON file: copy the whole checkpoint folder")
     try:
-        return read_mapping(path)
+        values = read_mapping(path)
+        json.dumps(values, ensure_ascii=False).encode()
     except ConfigError as error:
         raise CheckpointError(f"{error}; expected plain JSON: copy the checkpoint again or ask its author") from None
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: expected text, found {error.object[error.start]!r}, half a character: copy the checkpoint again "
+            "or ask its author"
+        ) from None
+    return values
 
 
 def parse(cls: type[C], values: Mapping[str, Any], path: Path) -> C:

@@ -419,6 +419,10 @@ MIXLORA: dict[str, tuple[Change, list[str]]] = {
         [ADAPTER, "NaN is not a number"],
     ),
     "nested": (in_text(ADAPTER, lambda t: '{"peft_type":' + "[" * 200_000), [ADAPTER, "nested too deeply"]),
+    "half a character": (
+        in_config(put("base_model_name_or_path", "\ud800"), ADAPTER),
+        [ADAPTER, "expected text, found '\\ud800'"],
+    ),
     "large configuration": (in_text(ADAPTER, lambda t: t + " " * 1_000_000), [ADAPTER, "at most 1000000"]),
     "no tensor file": (lambda f: (f / BIN).unlink(), [BIN, "missing", "copy the whole checkpoint folder"]),
     "tensor file links elsewhere": (link_out(BIN), [BIN, "expected a torch.save file"]),
