@@ -165,7 +165,7 @@ class _SortedMix(torch.autograd.Function):
         return mix, low
 
     @staticmethod
-    def backward(ctx: Any, d_mix: Tensor, d_low: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_mix: Tensor, d_low: Tensor | None) -> Any:
         *tensors, weight_N1 = ctx.saved_tensors
         x, plan = BlockInputs(*tensors), ctx.plan
         grads = _Gradients(x)
