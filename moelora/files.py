@@ -88,7 +88,7 @@ def staged(final: Path, need: int = 0) -> Iterator[Path]:
             alive = _lock(outer, wait=False)
         try:
             # The outer folder holds the lock, the inner one is free for another writer to lock.
-            folder = outer / final.name
+            folder = outer / "new"
             with plain_errors(final):
                 folder.mkdir()
                 yield folder

@@ -65,6 +65,14 @@ def test_saving_is_deterministic(make_model: MakeModel, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+def test_saving_into_the_working_folder(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained(".")
+    make_model().save_pretrained("inner")
+    checkpoints.verify(".")
+    assert checkpoints.read("inner").layout == "native"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_is_kept_on_disk(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
