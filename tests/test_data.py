@@ -254,3 +254,23 @@ def test_padding(side: Any) -> None:
 
 def test_task_ids_only_if_wanted() -> None:
     assert "task_ids" not in Collator(0)([{"input_ids": [1], "labels": [1], "task_ids": 0}])
+
+
+def test_logits_of_answers_alone_give_the_same_loss_and_gradients(tiny_config: Any) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_config)
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9, 2], "labels": [-100, -100, -100, -100, 9, 2], "task_ids": 0},
+        {"input_ids": [7, 4, 3, 2], "labels": [-100, 4, 3, 2], "task_ids": 0},
+        {"input_ids": [9, 2], "labels": [-100, 2], "task_ids": 0},
+    ]
+    seen = []
+    for collator in (Collator(0), Collator(0, answers_only=True)):
+        model.zero_grad()
+        output = model(**collator(rows))
+        output.loss.backward()
+        seen.append((output.loss.detach(), model.model.embed_tokens.weight.grad.clone(), output.logits.shape[1]))
+    assert torch.allclose(seen[0][0], seen[1][0], atol=1e-6)
+    assert torch.allclose(seen[0][1], seen[1][1], atol=1e-6)
+    assert seen[0][2] == 6 and seen[1][2] == 4

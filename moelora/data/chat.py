@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
