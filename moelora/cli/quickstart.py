@@ -36,7 +36,7 @@ def quickstart(
 ) -> None:
     """Train MixLoRA and plain LoRA on the same data, compare them, and open up the routing.
 
-    Everything is real: SmolLM2-135M-Instruct in 4 bit, five procedural tasks with their own scorers, and held-out
+    Everything is real: SmolLM2-135M-Instruct in 4 bit, six procedural tasks with their own scorers, and held-out
     questions. Writes the checkpoint, its card, metrics and a routing report, reloads the checkpoint in a new process
     and compares the numbers.
 
