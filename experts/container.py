@@ -46,7 +46,8 @@ class Container(nn.Module):
     def decide(self, hidden_states: Tensor, activations: Tensor | None = None) -> RoutingRecord | None:
         """Route, and publish the record to whoever listens; ``None`` without a router.
 
-        The padding mask is kept with the record where its shape is that of the tokens.
+        The padding mask is kept with the record where its shape is that of the tokens, or of the tokens before the
+        backbone made one row of them (OPT does).
         """
         if self.router is None:
             return None
@@ -56,8 +57,9 @@ class Container(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
         mask = context.token_mask
-        if mask is not None and mask.shape == hidden_states.shape[:-1]:
-            record.mask = mask
+        tokens = hidden_states.shape[:-1]
+        if mask is not None and (mask.shape == tokens or (len(tokens) == 1 and mask.numel() == tokens.numel())):
+            record.mask = mask.reshape(tokens)
         self.slot.publish(self.site, record)
         return record
 

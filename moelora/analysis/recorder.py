@@ -65,8 +65,7 @@ class RoutingRecorder:
         if counts is None:
             counts = _SiteCounts(site, len(self.task_names) + 1, record.weights.device)
             self._sites[site.name] = counts
-        mask = record.mask if record.mask is not None else context.token_mask
-        counts.add(record, mask, self._task_B)
+        counts.add(record, self._task_B)
 
     def _tasks(self, context: RoutingContext) -> Tensor | None:
         """(B,) row of each sequence's task; ``None`` where the tasks have no names."""
@@ -117,11 +116,11 @@ class _SiteCounts:
         self.entropy = torch.zeros((), dtype=torch.float64, device=device)
         self.margin = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, record: RoutingRecord, mask: Tensor | None, task_B: Tensor | None) -> None:
+    def add(self, record: RoutingRecord, task_B: Tensor | None) -> None:
         """Count one record: without a host sync, so that recording does not stall a GPU."""
         experts = self.site.num_experts
         tokens = record.weights.shape[:-1].numel()
-        real_T = self._real(record, mask, tokens)
+        real_T = self._real(record, tokens)
         row_T = self._rows(record, task_B, tokens)
         self.tokens_N.index_add_(0, row_T, real_T)
         weights_TE = None
@@ -142,11 +141,10 @@ class _SiteCounts:
         assert probs_TE is not None
         self._add_confidence(probs_TE / probs_TE.sum(-1, keepdim=True).clamp_min(1e-30), real_T)
 
-    def _real(self, record: RoutingRecord, mask: Tensor | None, tokens: int) -> Tensor:
-        # A backbone may flatten (B, S) before the site; the count of tokens tells whether the mask is for these.
-        if mask is None or mask.numel() != tokens:
+    def _real(self, record: RoutingRecord, tokens: int) -> Tensor:
+        if record.mask is None:
             return torch.ones(tokens, dtype=torch.float64, device=record.weights.device)
-        return mask.reshape(-1).to(record.weights.device, torch.float64)
+        return record.mask.reshape(-1).to(record.weights.device, torch.float64)
 
     def _rows(self, record: RoutingRecord, task_B: Tensor | None, tokens: int) -> Tensor:
         device = record.weights.device

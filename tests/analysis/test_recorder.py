@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import moelora
 from moelora.analysis import RoutingRecorder, RoutingStats, analyze
@@ -141,9 +141,9 @@ def test_a_name_given_twice(model: MoELoRAModel) -> None:
         RoutingRecorder(model, ["a", "a"])
 
 
-def counts(record: RoutingRecord, ranks: tuple[int, ...], mask: torch.Tensor | None = None) -> _SiteCounts:
+def counts(record: RoutingRecord, ranks: tuple[int, ...]) -> _SiteCounts:
     total = _SiteCounts(SiteInfo("s", 0, 8, 8, ranks, (1.0,) * len(ranks)), 1, torch.device("cpu"))
-    total.add(record, mask, None)
+    total.add(record, None)
     return total
 
 
@@ -155,10 +155,11 @@ def test_dense_routing_counts_by_weight() -> None:
     assert float(total.entropy) == pytest.approx(1.5 * math.log(2), rel=1e-6)
 
 
-def test_empty_slots_and_flattened_tokens() -> None:
+def test_empty_slots() -> None:
     indices = torch.tensor([[0, -1], [1, 0], [1, 0]])
     weights = torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.75, 0.25]])
-    total = counts(RoutingRecord(indices, weights, 2), (1, 1), mask=torch.tensor([[True, True, False]]))
+    mask = torch.tensor([True, True, False])
+    total = counts(RoutingRecord(indices, weights, 2, mask=mask), (1, 1))
     assert total.load_NE.tolist() == [[2.0, 1.0]]
     assert float(total.margin) == pytest.approx(1.5)
 
@@ -167,6 +168,26 @@ def test_rank_level_routing_counts_the_ranks_of_each_expert() -> None:
     weights = torch.tensor([[0.5, -0.5, 0.0], [1.0, 0.0, 2.0]])
     total = counts(RoutingRecord(None, weights, 2, level="rank"), (2, 1))
     assert total.load_NE.tolist() == [[2.0, 2.0]]
+
+
+def test_a_backbone_that_makes_one_row_of_all_tokens() -> None:
+    """OPT flattens (B, S) before its projections: the padding and the tasks must follow."""
+    config = OPTConfig(
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=32,
+    )
+    site = {"target": "fc1", "experts": {"num_experts": 4}, "router": {"kind": "topk", "top_k": 2}}
+    model = moelora.attach(OPTForCausalLM(config), {"sites": [site]}).eval()
+    with torch.no_grad(), moelora.trace(model) as tape, RoutingRecorder(model, ["a", "b"]) as recorder:
+        model(**batch(model))
+    (records,) = (tape[name] for name in tape)
+    assert records[0].weights.shape == (21, 2)
+    assert recorder.result().sites[0].tokens == (5, 9)
 
 
 def test_statistics_survive_json(model: MoELoRAModel, tmp_path: Path) -> None:
