@@ -104,3 +104,5 @@ def _log_to_stderr(level: int) -> None:
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    # It recommends an optional package each time it is imported.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
