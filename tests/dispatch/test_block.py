@@ -176,7 +176,11 @@ def test_normalised_gradients_are_those_of_autograd(route: str, options: dict[st
     assert_same(fast, slow, 1e-11)
 
 
-@pytest.mark.parametrize("act", [F.silu, F.gelu, F.relu, torch.nn.SiLU(), torch.square, torch.nn.Identity()], ids=str)
+@pytest.mark.parametrize(
+    "act",
+    [F.silu, F.gelu, F.relu, torch.nn.SiLU(), torch.square, torch.nn.Identity()],
+    ids=["silu", "gelu", "relu", "SiLU", "square", "Identity"],
+)
 def test_any_activation(act: Callable[[Tensor], Tensor]) -> None:
     for case in (make(), make(gated=False)):
         assert_same(gradients("sorted", case, act=act), gradients("reference", case, act=act), 1e-11)
