@@ -35,16 +35,15 @@ WIDEST = 4.0
 
 def load(stats: RoutingStats) -> Figure:
     """Layer by expert: the share of the tokens that each expert gets, 1.0 being fair; dead experts are crossed."""
-    groups = list(stats.groups().values())
+    groups = list(stats.groups.values())
     most = max(float(np.nanmax(metrics.utilisation(site.load_E))) for site in stats.sites)
     traces = [_load_trace(sites, _ceiling(most)) for sites in groups]
     figure = _figure(traces, height=140 + 30 * max(site.num_experts for site in stats.sites))
-    names = [_group_name(sites) for sites in groups]
     _axes(figure, "layer", "expert")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category")
     if len(groups) > 1:
-        _choose(figure, names, 0)
+        _choose(figure, [html.escape(name) for name in stats.groups], 0)
     return figure
 
 
@@ -52,10 +51,9 @@ def tasks(stats: RoutingStats) -> Figure:
     """Task by expert, for one site at a time: a slider goes through the sites and starts where tasks differ most."""
     shares = [metrics.utilisation(site.load_NE) for site in stats.sites]
     ceiling = _ceiling(max(float(np.nanmax(values)) for values in shares))
-    several = len(stats.groups()) > 1
     traces, names = [], []
     for site, ratio in zip(stats.sites, shares, strict=True):
-        names.append(f"{_label(site)} {html.escape(site.kind)}" if several else _label(site))
+        names.append(f"{_label(site)} {html.escape(stats.kind(site))}".rstrip())
         traces.append(_task_trace(site, stats.tasks, ratio, ceiling))
     figure = _figure(traces, height=210 + 34 * len(stats.tasks))
     _axes(figure, "expert", "")
@@ -68,10 +66,9 @@ def tasks(stats: RoutingStats) -> Figure:
 
 def entropy(stats: RoutingStats) -> Figure:
     """Over layers: how evenly the experts are used, how undecided the router is, how differently tasks are routed."""
-    groups = list(stats.groups().values())
     traces = []
-    for index, sites in enumerate(groups):
-        suffix = f" · {_group_name(sites)}" if len(groups) > 1 else ""
+    for index, (kind, sites) in enumerate(stats.groups.items()):
+        suffix = f" · {html.escape(kind)}" if len(stats.groups) > 1 else ""
         lines = [
             ("experts used evenly", BLUE, "circle", [float(metrics.balance(site.load_E)) for site in sites]),
             ("router undecided", ORANGE, "square", [site.entropy for site in sites]),
@@ -114,7 +111,8 @@ def _load_trace(sites: Sequence[SiteStats], ceiling: float) -> Any:
 
 
 def _task_trace(site: SiteStats, names: Sequence[str], ratio: metrics.Array, ceiling: float) -> Any:
-    rows = [html.escape(_short(name)) for name in names]
+    short = [_short(name) for name in names]
+    rows = [html.escape(name) for name in (short if len(set(short)) == len(short) else names)]
     return _heatmap(ratio, _experts(site.num_experts), rows, ceiling, "%{y}, expert %{x}")
 
 
@@ -221,10 +219,6 @@ def _experts(count: int) -> list[str]:
 
 def _label(site: SiteStats) -> str:
     return html.escape(site.name or "site") if site.layer is None else str(site.layer)
-
-
-def _group_name(sites: Sequence[SiteStats]) -> str:
-    return html.escape(sites[0].kind)
 
 
 def _short(name: str) -> str:

@@ -47,7 +47,7 @@ def findings(stats: RoutingStats) -> list[Finding]:
 
 def place(stats: RoutingStats, site: SiteStats) -> str:
     """The site in words, with its kind where sites of several kinds are routed."""
-    return f"{site.place} {site.kind}" if len(stats.groups()) > 1 and site.layer is not None else site.place
+    return site.place if site.layer is None else f"{site.place} {stats.kind(site)}".rstrip()
 
 
 def dead_experts(stats: RoutingStats) -> list[tuple[SiteStats, int, bool]]:
@@ -181,7 +181,7 @@ def _few_tokens(stats: RoutingStats) -> list[Finding]:
 
 def _layers(stats: RoutingStats, sites: Sequence[SiteStats]) -> str:
     """Layers as ranges, ``layers 0-4, 7``; any other sites by name."""
-    if len(stats.groups()) > 1 or any(site.layer is None for site in sites):
+    if len(stats.groups) > 1 or any(site.layer is None for site in sites):
         return _listed([place(stats, site) for site in sites], ", ")
     numbers = sorted({site.layer for site in sites if site.layer is not None})
     starts = [n for n in numbers if n - 1 not in numbers]

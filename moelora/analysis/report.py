@@ -101,7 +101,7 @@ def _measured(stats: RoutingStats) -> str:
     kinds = [
         f"{len(sites)} × <code>{html.escape(kind)}</code> with {_counts({site.num_experts for site in sites})} "
         f"experts, {_picks(sites):.3g} per token"
-        for kind, sites in stats.groups().items()
+        for kind, sites in stats.groups.items()
     ]
     data = f" of {html.escape(stats.data)}" if stats.data else ""
     tasks = f" in {len(stats.tasks)} tasks" if len(stats.tasks) > 1 else ""

@@ -59,9 +59,9 @@ class SiteStats(Closed):
         return len(self.selections[0])
 
     @property
-    def kind(self) -> str:
-        """What the sites of a group have in common: the path behind the layer's number, such as ``mlp``."""
-        return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1] or "site"
+    def pattern(self) -> str:
+        """The name with its first number left open: ``model.layers.*.mlp``; alike for the sites of a group."""
+        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", self.name, count=1) or "site"
 
     @property
     def place(self) -> str:
@@ -100,12 +100,22 @@ class RoutingStats(Closed):
         """Real tokens that were routed, at the site that saw most."""
         return max(sum(site.tokens) for site in self.sites)
 
+    @cached_property
     def groups(self) -> dict[str, list[SiteStats]]:
-        """Sites by what they have in common but for the layer: ``{"mlp": [...], "self_attn.q_proj": [...]}``."""
+        """Sites that differ in the layer alone: ``{"mlp": [...], "self_attn.q_proj": [...]}``.
+
+        A group is named by what comes behind the layer's number, or in full where that is not unique.
+        """
         groups: dict[str, list[SiteStats]] = {}
         for site in self.sites:
-            groups.setdefault(site.kind, []).append(site)
-        return groups
+            groups.setdefault(site.pattern, []).append(site)
+        tails = [pattern.rpartition("*.")[2] for pattern in groups]
+        names = groups if len(set(tails)) < len(tails) else tails
+        return dict(zip(names, groups.values(), strict=True))
+
+    def kind(self, site: SiteStats) -> str:
+        """The name of the group of ``site``, where there are several groups, else nothing."""
+        return "" if len(self.groups) == 1 else next(name for name, sites in self.groups.items() if site in sites)
 
     @classmethod
     def from_json(cls, path: str | Path) -> RoutingStats:

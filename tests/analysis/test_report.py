@@ -152,6 +152,20 @@ def test_sites_with_other_numbers_of_experts_share_a_page() -> None:
     assert "4 experts" in report.render(measured)
 
 
+def test_two_towers_with_the_same_layers_are_kept_apart() -> None:
+    towers = [
+        SiteStats.parse({**site(0, EVEN).to_dict(), "name": f"{tower}.layers.0.mlp"}) for tower in ("text", "vision")
+    ]
+    assert list(stats(*towers).groups) == ["text.layers.*.mlp", "vision.layers.*.mlp"]
+    assert len(figures.load(stats(*towers)).data) == 2
+
+
+def test_long_task_names_that_begin_alike_stay_apart() -> None:
+    names = ("a" * 50 + "1", "a" * 50 + "2")
+    (heatmap,) = figures.tasks(stats(site(0, EVEN), tasks=names)).data
+    assert list(heatmap.y) == list(names)
+
+
 def test_a_task_without_tokens_is_a_blank_row() -> None:
     measured = stats(site(0, [[500.0] * 4, [0.0] * 4]))
     (heatmap,) = figures.tasks(measured).data
