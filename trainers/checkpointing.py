@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
 
 from .. import checkpoints, files
@@ -171,12 +172,30 @@ class CheckpointingTrainer(Trainer):
             assert self.state.best_model_checkpoint is not None
             self._restore_adapter(Path(self.state.best_model_checkpoint))
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        deepspeed = self.is_deepspeed_enabled and resume_from_checkpoint is not None
+        given = None if deepspeed else resume_from_checkpoint
+        result = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, given
+        )
+        if deepspeed:
+            # As the Trainer does for PEFT models: DeepSpeed's files lack the frozen backbone, so not strictly.
+            assert resume_from_checkpoint is not None
+            self._stored(Path(resume_from_checkpoint))
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return result
+
     def _restore_adapter(self, folder: Path) -> None:
+        stored = self._stored(folder)
+        declared = {name: tuple(value.shape) for name, value in self.model.adapter_tensors().items()}
+        self.model.load_adapter_state(stored.tensors(declared))
+
+    def _stored(self, folder: Path) -> checkpoints.Stored:
         stored = checkpoints.read(folder)
         if stored.mixture != self.model.mixture:
             raise CheckpointError(
                 f"{folder}: this checkpoint is of another mixture than the one being trained; resume with the recipe "
                 "that it was trained with, or choose another output_dir"
             )
-        declared = {name: tuple(value.shape) for name, value in self.model.adapter_tensors().items()}
-        self.model.load_adapter_state(stored.tensors(declared))
+        return stored
