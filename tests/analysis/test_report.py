@@ -43,7 +43,7 @@ def test_nothing_to_say_against_an_even_load() -> None:
     measured = stats(site(0, EVEN), site(1, EVEN))
     assert texts(measured, "warning") == ""
     assert "No dead experts: each of the 8" in texts(measured, "good")
-    assert "routed alike everywhere" in texts(measured, "note")
+    assert "routed much alike: at most 0 %" in texts(measured, "note")
 
 
 def test_dead_experts_are_named() -> None:
