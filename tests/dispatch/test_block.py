@@ -307,14 +307,16 @@ def test_padding_rows_that_no_expert_takes_have_no_gradient() -> None:
 
 def test_the_router_learns_from_small_differences_in_half_precision() -> None:
     """Experts that hardly differ: the gradient of normalised weights is a small difference of large numbers."""
-    inputs, indices_TK = unit(make("top2", inner=1024, down=False))
-    small = {n: getattr(inputs, n) * 0.02 for n in ("B_activated_FR", "B_multiplied_FR")}
-    inputs = replace(inputs, **small)
-    half = BlockInputs(*(None if (t := getattr(inputs, n)) is None else t.bfloat16() for n in NAMES))
-    rounded = BlockInputs(*(None if (t := getattr(half, n)) is None else t.double() for n in NAMES))
-    exact = gradients("reference", (rounded, indices_TK), normalized=True)["weights_TK"]
-    error = {}
-    for name in IMPLEMENTATIONS:
-        found = gradients(name, (half, indices_TK), normalized=True)["weights_TK"]
-        error[name] = float((found.double() - exact).norm() / exact.norm())
-    assert error["sorted"] < 1.2 * error["reference"], error
+    errors: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        inputs, indices_TK = unit(make("top2", inner=256, down=False))
+        small = {n: getattr(inputs, n) * 0.02 for n in ("B_activated_FR", "B_multiplied_FR")}
+        inputs = replace(inputs, **small)
+        half = BlockInputs(*(None if (t := getattr(inputs, n)) is None else t.bfloat16() for n in NAMES))
+        rounded = BlockInputs(*(None if (t := getattr(half, n)) is None else t.double() for n in NAMES))
+        exact = gradients("reference", (rounded, indices_TK), normalized=True)["weights_TK"]
+        for name in IMPLEMENTATIONS:
+            found = gradients(name, (half, indices_TK), normalized=True)["weights_TK"]
+            errors[name].append(float((found.double() - exact).norm() / exact.norm()))
+    assert sum(errors["sorted"]) < 1.2 * sum(errors["reference"]), errors
