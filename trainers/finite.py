@@ -5,7 +5,7 @@ Shapes: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,18 @@ class Origin:
     module: str
     parameters: list[str]
     rows: list[int]
+
+    def describe(self, inputs: Mapping[str, Any], tokenizer: Any) -> str:
+        """One clause for an error message; the text of a sequence where there is a tokenizer."""
+        text = f"the first module with a non-finite output is {self.module!r}"
+        if self.parameters:
+            text += f", whose parameters {', '.join(self.parameters[:3])} are not finite themselves"
+        if self.rows:
+            text += f", in sequences {self.rows[:8]} of the batch"
+            if "input_ids" in inputs and hasattr(tokenizer, "decode"):
+                shown = tokenizer.decode(inputs["input_ids"][self.rows[0]], skip_special_tokens=True)[:120]
+                text += f" (the first: {shown!r})"
+        return text
 
 
 class _Found(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -235,25 +234,11 @@ class MixtureTrainer(CheckpointingTrainer):
                 origin = first_non_finite(self.model, lambda given=inputs: self.model(**given))  # type: ignore[misc]
             if origin is not None:
                 break
-        where = otherwise
-        if origin is not None:
-            where = f"the first module with a non-finite output is {origin.module!r}"
-            if origin.parameters:
-                where += f", whose parameters {', '.join(origin.parameters[:3])} are not finite themselves"
-            where += self._sequences(inputs, origin.rows)
+        where = otherwise if origin is None else origin.describe(inputs, self.processing_class)
         raise TrainingError(
             f"step {self.state.global_step + 1}: {what}; {where}. The step was not taken: weights and optimizer are "
             "those of the step before. Lower learning_rate, set max_grad_norm, or look at the named sequences"
         )
-
-    def _sequences(self, inputs: Mapping[str, Any], rows: list[int]) -> str:
-        if not rows:
-            return ""
-        text = f", in sequences {rows[:8]} of the batch"
-        tokenizer: Any = self.processing_class
-        if "input_ids" in inputs and hasattr(tokenizer, "decode"):
-            text += f" (the first: {tokenizer.decode(inputs['input_ids'][rows[0]], skip_special_tokens=True)[:120]!r})"
-        return text
 
     # -- optimizer -----------------------------------------------------------------------------------------------
 
