@@ -116,6 +116,9 @@ def test_without_updates_the_model_is_its_backbone_bit_for_bit(family: str) -> N
 
 
 def randomised(base: nn.Module, config: dict[str, Any]) -> BlockContainer:
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):  # zero in a fresh model
+            nn.init.normal_(parameter)
     container = build(base, config)
     assert isinstance(container, BlockContainer)
     for bank in container.banks():
