@@ -52,7 +52,9 @@ def quickstart(
     settings = library.Settings(
         minutes=minutes,
         backbone=backbone,
-        quantization=None if quantization is None else BackboneConfig.parse({"quantization": quantization}).quantization,
+        quantization=None
+        if quantization is None
+        else BackboneConfig.parse({"quantization": quantization}).quantization,
         data=_own_data(data, prompt_column, answer_column, task_column, seed),
         output=output,
         seed=seed,

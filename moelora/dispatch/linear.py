@@ -25,9 +25,7 @@ def stacked(hidden_TD: Tensor, lora_A_RD: Tensor, lora_B_OR: Tensor, gate_TR: Te
     return F.linear(low_TR * gate, lora_B_OR.to(dtype))
 
 
-def reference(
-    hidden_TD: Tensor, lora_A_RD: Tensor, lora_B_OR: Tensor, gate_TR: Tensor, ranks: Sequence[int]
-) -> Tensor:
+def reference(hidden_TD: Tensor, lora_A_RD: Tensor, lora_B_OR: Tensor, gate_TR: Tensor, ranks: Sequence[int]) -> Tensor:
     """(T, O) the same as :func:`stacked`, one expert after the other; for tests."""
     out_TO = hidden_TD.new_zeros(hidden_TD.shape[0], lora_B_OR.shape[0])
     start = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .execute import run
 from .plan import Settings
 from .reload import check
-from .execute import run
 
 __all__ = ["Settings", "check", "run"]

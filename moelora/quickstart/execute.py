@@ -29,7 +29,7 @@ from .reload import CHECKPOINT, write_probe
 
 RESULTS = "results.json"
 MAX_NEW_TOKENS = 16
-# Answers are generated in large batches: a decoding step on a 4-bit CPU backbone costs little more for 64 rows than for 1.
+# Answers come in large batches: a decoding step of a 4-bit backbone on a CPU costs little more for 64 rows than for 1.
 BATCH = 64
 
 

@@ -129,9 +129,10 @@ def _recipe(settings: Settings) -> Recipe:
 
 
 def plan_mixtures(plan: Plan) -> dict[str, MixtureConfig]:
-    """Plain LoRA and the card's MixLoRA on the last third of this backbone's layers, with about equal parameters."""
+    """Plain LoRA and the card's MixLoRA on the middle third of this backbone's layers, with about equal parameters."""
     targets = find_targets(plan.backbone)
-    layers = f"-{max(1, targets.layers // 3)}:"
+    third = targets.layers // 3
+    layers = f"{third}:{max(2 * third, third + 1)}"
     block, attention = plan.recipe.mixture.sites
     sites = [block.model_copy(update={"target": [targets.ffn], "layers": layers})]
     if targets.attention:
