@@ -69,7 +69,7 @@ def test_a_budget_ends_training_in_time_with_a_checkpoint(make_model, make_train
     trainer = make_trainer(make_model(), callbacks=[Slow(0.2), budget], **options)
     began = time.monotonic()
     trainer.train()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # all steps would take 200
     steps = trainer.state.global_step
     assert 1 <= steps <= 7 and budget.stopped
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [steps]
