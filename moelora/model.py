@@ -164,7 +164,8 @@ class MoELoRAModel(PreTrainedModel):
             if step_load is not None:
                 share = real_tokens(heard) / step_load.tokens
             elif num_items is not None:
-                share = (labels[..., 1:] != -100).sum() / num_items
+                # A language model never predicts the first token of a row; a label of a whole sequence is one.
+                share = ((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum() / num_items
             task_loss = output["loss"]
             output["task_loss"] = task_loss
             output["aux_share"] = share
