@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..checkpoints.reading import is_hub_id
 from ..evaluation.scoring import Report, compare
 from ..trainers.comparison import Outcome
 from .plan import Plan
@@ -111,10 +113,11 @@ def print_reload(console: Console, found: dict[str, Any]) -> None:
 def card(plan: Plan, found: dict[str, Any], table: str) -> str:
     """README.md of the checkpoint."""
     mixture = "\n".join(f"    {line}" for line in plan.recipe.mixture.to_yaml().splitlines())
+    name = plan.recipe.backbone.name
+    base = f"base_model: {json.dumps(name)}\n" if is_hub_id(name) and "/" in name else ""
     return f"""---
 library_name: moelora
-base_model: {plan.recipe.backbone.name}
-tags: [moelora, mixture-of-lora-experts, mixlora]
+{base}tags: [moelora, mixture-of-lora-experts, mixlora]
 ---
 # MixLoRA on {plan.recipe.backbone.name}
 
