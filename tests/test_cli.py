@@ -33,7 +33,7 @@ def _process_as_before() -> Iterator[None]:
     logger = logging.getLogger("moelora")
     before = logger.handlers, logger.level, logger.propagate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        patch.setenv("GOMP_SPINCOUNT", "20000")
         yield
     logger.handlers, logger.level, logger.propagate = before
 

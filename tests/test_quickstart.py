@@ -84,7 +84,7 @@ def test_steps_fill_the_minutes(settings: quickstart.Settings, monkeypatch: pyte
     monkeypatch.setattr(planning, "seconds_per_step", lambda *_: 2.0)
     plan = planning.prepare(settings, Console(quiet=True))
     steps = planning.plan_steps(plan, planning.plan_mixtures(plan), eval_seconds=30.0)
-    assert steps == pytest.approx((600 - 2 * 30 * 1.2 - 60) / (4 * 1.2), abs=6)
+    assert steps == pytest.approx((600 - 2 * 30 * 1.1 - 45) / (4 * 1.1), abs=6)
 
 
 def test_check_of_a_folder_without_a_run(tmp_path: Path) -> None:

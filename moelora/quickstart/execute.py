@@ -117,7 +117,7 @@ def _record(plan: Plan, model: MoELoRAModel) -> None:
     """Write the routing report over the test questions with their right answers."""
     test = tokenize(plan.test, plan.tokenizer, plan.recipe.max_length, plan.train.tasks)
     batches = DataLoader(test, batch_size=plan.batch_size, collate_fn=plan.collate)
-    data = f"{len(test)} test questions of {len(plan.train.tasks)} tasks"
+    data = f"{len(test)} test questions and their answers"
     analysis.analyze(
         model,
         batches,

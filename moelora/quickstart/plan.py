@@ -19,9 +19,9 @@ from ..mixture import attach
 from ..trainers.comparison import equal_rank, find_targets, seconds_per_step, trainable_parameters
 
 # Reloading in a new process, recording the routing and writing, with room to spare.
-CLOSING_SECONDS = 60.0
+CLOSING_SECONDS = 45.0
 # An adapted model answers more slowly than the backbone, and steps vary in length.
-MARGIN = 1.2
+MARGIN = 1.1
 FEWEST_STEPS = 5
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -56,9 +57,12 @@ def verdict(plan: Plan, outcomes: dict[str, Outcome]) -> str:
 
 
 def rows(before: Report, constant: Report, outcomes: dict[str, Outcome]) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows of the table: tasks, their mean, and what it cost."""
+    """Column names and rows of the table: tasks, their mean, and what it cost.
+
+    ``n`` is the number of test questions; ``constant`` what the most frequent training answer of each task scores.
+    """
     reports = {"Backbone": before, **{name: outcome.report for name, outcome in outcomes.items()}}
-    columns = ["Task", "Questions", "Same answer always", *reports]
+    columns = ["", "n", "constant", *reports]
     table = []
     for task, first in before.tasks.items():
         scores = [f"{100 * r.tasks[task].mean:.0f} ({_interval(r, task)})" for r in reports.values()]
@@ -84,9 +88,9 @@ def _interval(report: Report, task: str) -> str:
 def print_table(plan: Plan, before: Report, constant: Report, outcomes: dict[str, Outcome]) -> None:
     """The table on the terminal, and the verdict."""
     columns, lines = rows(before, constant, outcomes)
-    table = Table(title="Score in % (95 % interval)", title_justify="left")
+    table = Table(title="Score in % (95 % interval)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for index, line in enumerate(lines):
         table.add_row(*line, end_section=index in (len(before.tasks) - 1, len(before.tasks)))
     plan.console.print()
@@ -130,7 +134,7 @@ seed {found["seed"]}.
 
 {table}
 
-Scores in % with 95 % Wilson intervals. {found["verdict"]}
+Scores in % with 95 % Wilson intervals; n test questions; constant: always the most frequent training answer. {found["verdict"]}
 
 ## Mixture
 
