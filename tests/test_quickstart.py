@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def settings(backbone_folder: Path, tmp_path: Path) -> quickstart.Settings:
 @pytest.mark.timeout(300)
 def test_from_data_to_reloaded_checkpoint(settings: quickstart.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "plan_steps", lambda *_: 4)
-    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115 - as long as the console
+    console = Console(record=True, width=160, file=io.StringIO())
     found = quickstart.run(settings, console)
     said = console.export_text()
     for part in ("mean of tasks", "tokens per second", "peak memory", "Logits agree", "MixLoRA"):

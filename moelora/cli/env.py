@@ -31,6 +31,10 @@ PACKAGES = (
 )
 
 
+# Variables that change how fast torch works on a CPU.
+SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
 def env(as_json: AsJson = False) -> None:
     """Print versions, devices, threads and number formats, for a bug report.
 
@@ -64,7 +68,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "dtypes": [name for name in ("float32", "bfloat16", "float16") if _multiplies(getattr(torch, name), device)],
-        "settings": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ},
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 
 

@@ -134,7 +134,8 @@ seed {found["seed"]}.
 
 {table}
 
-Scores in % with 95 % Wilson intervals; n test questions; constant: always the most frequent training answer. {found["verdict"]}
+Scores in % with 95 % Wilson intervals; n test questions; constant: always the most frequent training answer.
+{found["verdict"]}
 
 ## Mixture
 
