@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import Pluggable
 from ..routing import RouteInput, RoutingContext, RoutingRecord, SiteInfo
+from .losses import load_balance, router_z
 
 
 class RouterConfig(Pluggable):
@@ -91,7 +92,9 @@ LinearConfigT = TypeVar("LinearConfigT", bound=LinearRouterConfig)
 
 
 class LinearRouter(Router[LinearConfigT]):
-    """Router whose logits are ``x @ weight.T`` in float32, without bias.
+    """Router that chooses experts by the softmax of ``x @ weight.T`` in float32, without bias.
+
+    A subclass writes :meth:`choose`, and the other parts where it differs.
 
     Parameters:
         weight: (E, D).
@@ -106,6 +109,48 @@ class LinearRouter(Router[LinearConfigT]):
         with torch.no_grad():
             drawn = torch.empty(self.weight.shape, dtype=torch.float32)
             self.weight.copy_(nn.init.normal_(drawn, std=self.config.init_std, generator=generator))
+
+    def route(self, inputs: RouteInput) -> RoutingRecord:
+        logits, noise = self.logits(inputs)
+        probs = logits.softmax(dim=-1)
+        scores = self.scores(probs)
+        indices = None if inputs.replay is None else inputs.replay.indices
+        if indices is None:
+            indices = self.choose(scores.detach(), inputs.context)
+        weights = scores.gather(-1, indices.clamp(min=0)) * (indices >= 0)
+        if self.sums_to_one:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return RoutingRecord(
+            indices=indices,
+            weights=weights,
+            num_experts=self.site.num_experts,
+            normalized=self.sums_to_one,
+            logits=logits,
+            probs=probs,
+            residual=self.residual(probs, indices),
+            noise=noise,
+        )
+
+    def choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        """(..., K) int64 experts for scores (..., E) without graph; -1 leaves a slot empty."""
+        raise NotImplementedError
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token are divided by their sum."""
+        return False
+
+    def scores(self, probs: Tensor) -> Tensor:
+        """(..., E) what experts are chosen and weighed by; ``probs`` itself unless a method says otherwise."""
+        return probs
+
+    def residual(self, probs: Tensor, indices: Tensor) -> Tensor | None:
+        """(...,) weight of the block's own input; ``None`` for none."""
+        return None
+
+    def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:
+        """``load_balance`` and ``router_z``, pooled over the rows of all records."""
+        return {"load_balance": load_balance(records, context), "router_z": router_z(records)}
 
     def logits(self, inputs: RouteInput) -> tuple[Tensor, Tensor | None]:
         """(..., E) float32 logits, and the jitter (..., D) that a recomputation must repeat, if any."""

@@ -15,9 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import ROUTERS
-from ..routing import RouteInput, RoutingContext, RoutingRecord
+from ..routing import RoutingContext, RoutingRecord
 from .base import LinearRouter, LinearRouterConfig
-from .losses import load_balance, router_z
 from .topk import top_indices
 
 
@@ -42,23 +41,11 @@ class SwitchRouter(LinearRouter[SwitchConfig]):
 
     Config = SwitchConfig
 
-    def route(self, inputs: RouteInput) -> RoutingRecord:
-        logits, noise = self.logits(inputs)
-        probs = logits.softmax(dim=-1)
-        indices = inputs.replay.indices if inputs.replay is not None else None
-        if indices is None:
-            indices = self._admit(top_indices(probs, 1), inputs.context.token_mask)
-        admitted = (indices >= 0).squeeze(-1)
-        top_prob = probs.max(dim=-1).values
-        return RoutingRecord(
-            indices=indices,
-            weights=(top_prob * admitted).unsqueeze(-1),
-            num_experts=self.site.num_experts,
-            logits=logits,
-            probs=probs,
-            residual=top_prob * ~admitted,
-            noise=noise,
-        )
+    def choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        return self._admit(top_indices(scores, 1), context.token_mask)
+
+    def residual(self, probs: Tensor, indices: Tensor) -> Tensor:
+        return probs.max(dim=-1).values * (indices < 0).squeeze(-1)
 
     def _admit(self, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
         """(..., S, 1) chosen experts with -1 where the expert's queue of the sequence is already full."""
@@ -72,8 +59,7 @@ class SwitchRouter(LinearRouter[SwitchConfig]):
 
     def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:
         """``load_balance`` counts every token's choice, admitted or not: ``E * sum_e f_e q_e``; and ``router_z``."""
-        choices = [_with_choices(record) for record in records]
-        return {"load_balance": load_balance(choices, context), "router_z": router_z(records)}
+        return super().losses([_with_choices(record) for record in records], context)
 
     def balance_counts(self, record: RoutingRecord) -> Tensor:
         return _with_choices(record).counts()
@@ -85,6 +71,7 @@ def _with_choices(record: RoutingRecord) -> RoutingRecord:
         indices=top_indices(record.probs, 1),
         weights=record.weights,
         num_experts=record.num_experts,
+        logits=record.logits,
         probs=record.probs,
         mask=record.mask,
     )

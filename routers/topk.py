@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import ROUTERS
-from ..routing import RouteInput, RoutingContext, RoutingRecord
+from ..routing import RoutingContext
 from .base import LinearRouter, LinearRouterConfig
-from .losses import load_balance, router_z
 
 
 class TopKConfig(LinearRouterConfig):
@@ -43,27 +42,12 @@ class TopKRouter(LinearRouter[TopKConfig]):
 
     Config = TopKConfig
 
-    def route(self, inputs: RouteInput) -> RoutingRecord:
-        logits, noise = self.logits(inputs)
-        probs = logits.softmax(dim=-1)
-        indices = inputs.replay.indices if inputs.replay is not None else None
-        if indices is None:
-            indices = top_indices(probs, self.config.top_k)
-        weights = probs.gather(-1, indices)
-        if self.config.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return RoutingRecord(
-            indices=indices,
-            weights=weights,
-            num_experts=self.site.num_experts,
-            normalized=self.config.normalize,
-            logits=logits,
-            probs=probs,
-            noise=noise,
-        )
+    @property
+    def sums_to_one(self) -> bool:
+        return self.config.normalize
 
-    def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:
-        return {"load_balance": load_balance(records, context), "router_z": router_z(records)}
+    def choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        return top_indices(scores, self.config.top_k)
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:

@@ -14,9 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import ROUTERS
-from ..routing import RouteInput, RoutingContext, RoutingRecord
+from ..routing import RoutingContext
 from .base import LinearRouter, LinearRouterConfig
-from .losses import load_balance, router_z
 
 
 class TopPConfig(LinearRouterConfig):
@@ -40,34 +39,17 @@ class TopPRouter(LinearRouter[TopPConfig]):
 
     Config = TopPConfig
 
-    def route(self, inputs: RouteInput) -> RoutingRecord:
-        logits, noise = self.logits(inputs)
-        probs = logits.softmax(dim=-1)
-        scores = probs / self.config.temperature if self.config.temperature > 0 else probs
-        indices = inputs.replay.indices if inputs.replay is not None else None
-        if indices is None:
-            indices = self._keep(scores.detach())
-        kept = indices >= 0
-        weights = scores.gather(-1, indices.clamp(min=0)) * kept
-        if self.config.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return RoutingRecord(
-            indices=indices,
-            weights=weights,
-            num_experts=self.site.num_experts,
-            normalized=self.config.normalize,
-            logits=logits,
-            probs=probs,
-            noise=noise,
-        )
+    @property
+    def sums_to_one(self) -> bool:
+        return self.config.normalize
 
-    def _keep(self, scores: Tensor) -> Tensor:
+    def scores(self, probs: Tensor) -> Tensor:
+        return probs / self.config.temperature if self.config.temperature > 0 else probs
+
+    def choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
         ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
         over = ordered.cumsum(dim=-1) > self.config.top_p
         # The expert that crosses p is kept: an expert goes only if the one before it was already over.
         drop = torch.zeros_like(over)
         drop[..., 1:] = over[..., :-1]
         return indices.masked_fill(drop, -1)
-
-    def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:
-        return {"load_balance": load_balance(records, context), "router_z": router_z(records)}

@@ -91,7 +91,8 @@ def _dead(stats: RoutingStats) -> Finding:
     return Finding(
         "warning",
         f"{len(dead)} of {total} experts {'is' if len(dead) == 1 else 'are'} dead (under {limit}): "
-        f"{_listed(named, '; ')}. They cost memory and learn nothing; a larger aux_loss_coef spreads the load.",
+        f"{_listed(named, '; ')}. They cost memory and learn nothing; a larger aux_loss_coef spreads the load, though "
+        "a loss that is pooled over layers (MixLoRA's) evens all layers together and may leave one of them uneven.",
     )
 
 

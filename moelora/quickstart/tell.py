@@ -88,7 +88,8 @@ def _interval(report: Report, task: str) -> str:
 def print_table(plan: Plan, before: Report, constant: Report, outcomes: dict[str, Outcome]) -> None:
     """The table on the terminal, and the verdict."""
     columns, lines = rows(before, constant, outcomes)
-    table = Table(title="Score in % (95 % interval)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    title = "Score in % (95 % interval)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for index, line in enumerate(lines):
