@@ -41,8 +41,9 @@ class Result:
     """Figures of one variant at one shape; ratios are of a step to the frozen block's step of the same round.
 
     Attributes:
-        ratio: median. low, high: quartiles. seconds: median time of a step. kept_mib: what the forward pass keeps for
-            the backward pass, weights not counted.
+        ratio: median. low, high: quartiles. to_loop: median ratio to the loop over experts instead.
+        seconds: median time of a step. kept_mib: what the forward pass keeps for the backward pass, weights not
+            counted.
     """
 
     shape: str
@@ -50,6 +51,7 @@ class Result:
     ratio: float
     low: float
     high: float
+    to_loop: float
     seconds: float
     kept_mib: float
 
@@ -200,7 +202,7 @@ def measure(shape: str, rounds: int, console: Console) -> list[Result]:
         for name, block in variants.items():
             times[name].append(timed(lambda block=block: step(block, x_TD, d_out_TD)))
     gc.enable()
-    return [summary(shape, name, times[name], times["frozen block"], kept[name]) for name in variants]
+    return [summary(shape, name, times, kept[name]) for name in variants]
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -210,11 +212,12 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def summary(shape: str, name: str, times: list[float], frozen: list[float], kept: float) -> Result:
+def summary(shape: str, name: str, times: dict[str, list[float]], kept: float) -> Result:
     """Median and quartiles of the ratios, round by round."""
-    ratios = [a / b for a, b in zip(times, frozen, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Result(shape, name, middle, low, high, statistics.median(times), kept)
+    own = times[name]
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(own, times["frozen block"], strict=True)], n=4)
+    to_loop = statistics.median(a / b for a, b in zip(own, times["loop over experts"], strict=True))
+    return Result(shape, name, middle, low, high, to_loop, statistics.median(own), kept)
 
 
 def main() -> None:
@@ -236,11 +239,12 @@ def main() -> None:
     table = Table(
         title=f"A training step, E={EXPERTS} K={TOP_K} r={RANK}, {args.threads} threads, {args.rounds} rounds"
     )
-    for heading in ("shape", "variant", "step / frozen", "quartiles", "ms", "kept MiB"):
+    for heading in ("shape", "variant", "step / frozen", "quartiles", "step / loop", "ms", "kept MiB"):
         table.add_column(heading, justify="left" if heading in ("shape", "variant") else "right")
     for r in results:
         spread = f"{r.low:.2f}–{r.high:.2f}"
-        table.add_row(r.shape, r.variant, f"{r.ratio:.2f}", spread, f"{1e3 * r.seconds:.1f}", f"{r.kept_mib:.1f}")
+        figures = (f"{r.to_loop:.2f}", f"{1e3 * r.seconds:.1f}", f"{r.kept_mib:.1f}")
+        table.add_row(r.shape, r.variant, f"{r.ratio:.2f}", spread, *figures)
     Console().print(table)
 
 
