@@ -20,7 +20,8 @@ from torch import Tensor
 from ..config import BackboneConfig, Closed, MixtureConfig
 from ..errors import CheckpointError
 from ..registry import Registry
-from .reading import TensorFile, not_finite
+from .reading import not_finite
+from .tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 

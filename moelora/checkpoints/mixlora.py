@@ -20,7 +20,8 @@ from ..config import BackboneConfig
 from ..errors import CheckpointError
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored, cut, inspect, refuse
 from .mixlora_config import ATTENTION, FFN, adapter_config, mixture_of, read_config
-from .reading import TensorFile, load_mapping, open_tensors, regular_file
+from .reading import load_mapping, open_tensors, regular_file
+from .tensor_file import TensorFile
 
 CONFIG = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")

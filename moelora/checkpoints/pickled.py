@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .reading import Header, TensorFile
+from .tensor_file import Header, TensorFile
 
 _MAX_PICKLE_BYTES = 64_000_000
 _SAFE_TORCH = (2, 10)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,6 +15,8 @@ from torch import Tensor
 
 from ..config import Closed, read_mapping
 from ..errors import CheckpointError, ConfigError
+from .pickled import PickleFile
+from .tensor_file import Header, TensorFile
 
 C = TypeVar("C", bound=Closed)
 
@@ -70,25 +70,6 @@ def parse(cls: type[C], values: Mapping[str, Any], path: Path) -> C:
         raise CheckpointError(f"{error}; the file was damaged or edited: restore it") from None
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says about a tensor before its numbers are read; ``dtype`` as torch names it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class TensorFile(ABC):
-    """A file of named tensors whose headers are known before anything is allocated."""
-
-    path: Path
-    headers: dict[str, Header]
-
-    @abstractmethod
-    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Read these tensors, on the CPU."""
-
-
 class SafetensorsFile(TensorFile):
     """A ``.safetensors`` file. It stays open, so that replacing it on disk does not change what is read.
 
@@ -125,8 +106,6 @@ def open_tensors(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: missing; expected the file with the tensors: copy the whole checkpoint folder")
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    from .pickled import PickleFile
-
     return PickleFile(path)
 
 
