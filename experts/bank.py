@@ -6,6 +6,7 @@ Shapes: D in, O out, E experts, R stacked rank (sum of the experts' ranks).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -64,8 +65,7 @@ class ExpertBank(nn.Module):
     """Stacked low-rank experts of one projection: ``lora_A`` (R, D), ``lora_B`` (O, R).
 
     Attributes:
-        ranks: rank of each expert. expert_scale: run-time factor of each expert's update, 1.0 unless set through
-            :meth:`~moelora.mixture.MoELoRAModel.expert_scale`; it is not saved.
+        ranks: rank of each expert.
     """
 
     kind: ClassVar[str]
@@ -75,7 +75,6 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.config = config
         self.ranks = config.ranks
-        self.expert_scale: tuple[float, ...] = (1.0,) * config.num_experts
         total = sum(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(total, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, total))
@@ -96,9 +95,13 @@ class ExpertBank(nn.Module):
             self.lora_A.copy_(drawn)
             self.lora_B.zero_()
 
-    def scale(self, like: Tensor) -> float | Tensor:
-        """The factor of the update: one number where all experts agree, else (R,) in ``like``'s dtype and device."""
-        each = [s * f for s, f in zip(self.config.scales, self.expert_scale, strict=True)]
+    def scale(self, like: Tensor, factors: Mapping[int, float]) -> float | Tensor:
+        """The factor of the update: one number where all experts agree, else (R,) in ``like``'s dtype and device.
+
+        Args:
+            factors: run-time factors of single experts, by index.
+        """
+        each = [scale * factors.get(expert, 1.0) for expert, scale in enumerate(self.config.scales)]
         if len(set(each)) == 1:
             return each[0]
         return torch.tensor(
@@ -111,10 +114,10 @@ class ExpertBank(nn.Module):
         """The input after dropout, in training."""
         return F.dropout(hidden_states, self.config.dropout, self.training and self.config.dropout > 0)
 
-    def low(self, hidden_states: Tensor) -> Tensor:
-        """(..., R) ``scale * dropout(x) A^T``."""
+    def low(self, hidden_states: Tensor, factors: Mapping[int, float]) -> Tensor:
+        """(..., R) ``scale * dropout(x) A^T``; ``factors`` as for :meth:`scale`."""
         x = self.dropped(hidden_states)
-        return F.linear(x, self.lora_A.to(x.dtype)) * self.scale(x)
+        return F.linear(x, self.lora_A.to(x.dtype)) * self.scale(x, factors)
 
     def extra_repr(self) -> str:
         ranks = self.ranks[0] if len(set(self.ranks)) == 1 else self.ranks

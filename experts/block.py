@@ -28,6 +28,8 @@ class BlockContainer(Container):
     Parameters:
         experts.<projection>.lora_A: (R, in). experts.<projection>.lora_B: (out, R). router.*: see the router.
 
+    A dropout of the backbone's own before the down projection (T5 has one) falls on the frozen part of the mix only.
+
     Attributes:
         implementation: name of the dispatch implementation, ``"sorted"`` or ``"reference"``.
     """
@@ -76,7 +78,7 @@ class BlockContainer(Container):
             out_TD = out_TD + (inputs.weights_TK.sum(-1, keepdim=True) - 1) * bias
         bank = self._bank(self.spec.down)
         if bank is not None and low_TR is not None:
-            delta = F.linear(low_TR * bank.scale(low_TR), bank.lora_B.to(low_TR.dtype))
+            delta = F.linear(low_TR * bank.scale(low_TR, self.factors), bank.lora_B.to(low_TR.dtype))
             out_TD = out_TD + delta.to(out_TD.dtype)
         if record is not None and record.residual is not None:
             out_TD = out_TD + record.residual.reshape(-1, 1).to(out_TD.dtype) * x_TD
@@ -129,7 +131,7 @@ class BlockContainer(Container):
 
     def _low(self, projection: str, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
         bank = self._bank(projection)
-        return None if bank is None else bank.low(x_TD).to(dtype)
+        return None if bank is None else bank.low(x_TD, self.factors).to(dtype)
 
     def _lora_B(self, projection: str, dtype: torch.dtype) -> Tensor | None:
         bank = self._bank(projection)

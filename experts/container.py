@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class Container(nn.Module):
             record.mask = mask.reshape(tokens)
         self.slot.publish(self.site, record)
         return record
+
+    @property
+    def factors(self) -> Mapping[int, float]:
+        """Run-time factors of single experts; a site without a router has no experts to tell apart."""
+        return {} if self.router is None else self.slot.expert_scale
 
     def banks(self) -> Iterator[ExpertBank]:
         """The expert banks of this site."""

@@ -35,7 +35,7 @@ class LinearContainer(Container):
         bank = self.experts
         record = self.decide(hidden_states)
         x = bank.dropped(hidden_states)
-        gate = bank.scale(x)
+        gate = bank.scale(x, self.factors)
         if record is not None:
             gate = record.gate(bank.ranks).to(x.dtype) * gate
         return out + linear.stacked(x, bank.lora_A, bank.lora_B, gate).to(out.dtype)

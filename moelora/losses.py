@@ -50,9 +50,11 @@ def aux_losses(
     losses: dict[str, Tensor] = {}
     total = heard[0][1].weights.new_zeros(())
     for index, members in groups.items():
+        if index not in records:  # a part of the backbone that this forward did not pass through
+            continue
         router = members[0].router
         assert router is not None
-        share = None if step_load is None else step_load.share[index]
+        share = None if step_load is None else step_load.share.get(index)
         coefficients = router.config.coefficients()
         with torch.autocast(total.device.type, enabled=False):
             values = router.losses(records[index], replace(context, load_share=share))
@@ -75,5 +77,10 @@ def real_tokens(heard: Heard) -> Tensor | float:
 def output_class(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
     """The class of the backbone's output with fields for the losses: data parallelism builds outputs anew from it."""
     fields = [(name, Any, field(default=None)) for name in ("task_loss", "aux_losses", "aux_share")]
-    namespace = {"__module__": __name__}
+    namespace = {"__module__": __name__, "__reduce__": lambda self: (_rebuilt, (backbone_class, dict(self)))}
     return make_dataclass(f"Mixture{backbone_class.__name__}", fields, bases=(backbone_class,), namespace=namespace)
+
+
+def _rebuilt(backbone_class: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    """What a pickled output becomes again; its class exists only where it was made."""
+    return output_class(backbone_class)(**values)

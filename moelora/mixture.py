@@ -26,7 +26,8 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
         mixture: a configuration, a mapping, a recipe, a model card's name, or the path of a recipe.
 
     Raises:
-        ConfigError: a target matches nothing, a module is claimed twice, or a matched module cannot carry experts.
+        ConfigError: a target matches nothing, a module is claimed twice, a matched module cannot carry experts, or the
+            backbone carries some already; the backbone is then as it was.
     """
     if isinstance(mixture, str | Path):
         mixture = load_recipe(mixture)
@@ -38,16 +39,25 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
             f"attach takes a transformers model, got {type(backbone).__name__}; for another module build containers "
             "one by one with moelora.experts.build"
         )
+    taken = next((name for name, module in backbone.named_modules() if isinstance(module, Container)), None)
+    if taken is not None:
+        raise ConfigError(
+            f"this {type(backbone).__name__} already carries experts (at {taken!r}): call unload() of its mixture "
+            "first, or name all sites in one mixture"
+        )
     matched = [match_sites(backbone, site) for site in config.sites]
     refuse_overlaps(matched)
-    backbone.requires_grad_(False)
     slot = RoutingSlot()
-    for group, (site, paths) in enumerate(zip(config.sites, matched, strict=True)):
-        for path in paths:
-            base = backbone.get_submodule(path)
-            container = build(base, site, name=path, layer=layer_of(path), slot=slot, group=group)
-            parent, _, child = path.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, container)
+    # All are built before the first is put in place, so that an error leaves the backbone as it was.
+    containers = {
+        path: build(backbone.get_submodule(path), site, name=path, layer=layer_of(path), slot=slot, group=group)
+        for group, (site, paths) in enumerate(zip(config.sites, matched, strict=True))
+        for path in paths
+    }
+    backbone.requires_grad_(False)
+    for path, container in containers.items():
+        parent, _, child = path.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, container)
     return MoELoRAModel(backbone, config, slot)
 
 

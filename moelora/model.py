@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from .config import BackboneConfig, MixtureConfig
@@ -41,20 +43,26 @@ class MoELoRAModel(PreTrainedModel):
         self.config = backbone.config
         self.name_or_path = backbone.name_or_path
         self.loss_type = backbone.loss_type
-        if backbone.can_generate():
-            self.generation_config = backbone.generation_config
         self.main_input_name = backbone.main_input_name
         self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
         self._no_split_modules = backbone._no_split_modules
         self.all_tied_weights_keys = {
             f"backbone.{a}": f"backbone.{b}" for a, b in getattr(backbone, "all_tied_weights_keys", {}).items()
         }
+        self._ignored = vars(self.config).get("keys_to_ignore_at_inference")
         ignored = list(getattr(self.config, "keys_to_ignore_at_inference", ["past_key_values"]))
         self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
         self._contexts: list[RoutingContext] = []
+        stacks: list[Any] = [backbone]
+        if self.config.is_encoder_decoder:  # each stack has a padding mask of its own
+            stacks += [backbone.get_encoder(), backbone.get_decoder()]
         self._hooks = [
-            backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
-            backbone.register_forward_hook(self._leave, always_call=True),
+            hook
+            for stack in stacks
+            for hook in (
+                stack.register_forward_pre_hook(self._enter, with_kwargs=True),
+                stack.register_forward_hook(self._leave, always_call=True),
+            )
         ]
         if backbone.is_activation_checkpointing:
             self.activation_checkpointing_enable()
@@ -164,13 +172,17 @@ class MoELoRAModel(PreTrainedModel):
             if step_load is not None:
                 share = real_tokens(heard) / step_load.tokens
             elif num_items is not None:
-                # A language model never predicts the first token of a row; a label of a whole sequence is one.
-                share = ((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum() / num_items
+                share = (self._targets(labels) != -100).sum() / num_items
             task_loss = output["loss"]
             output["task_loss"] = task_loss
             output["aux_share"] = share
             output["loss"] = task_loss + share * total
         return output
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """The labels that the Trainer counts as predicted: a causal loss never asks for the first of a row."""
+        shifted = LOSS_MAPPING.get(str(self.loss_type)) is ForCausalLMLoss and not self.config.is_encoder_decoder
+        return labels[..., 1:] if shifted else labels
 
     def aux_losses(self, heard: Heard, step_load: StepLoad | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Unscaled auxiliary losses by name, and the sum of each times its coefficient; see ``moelora/losses.py``."""
@@ -222,25 +234,35 @@ class MoELoRAModel(PreTrainedModel):
         Raises:
             ConfigError: no routed site has an expert of that index.
         """
-        banks = [bank for c in self.containers().values() if c.router is not None for bank in c.banks()]
-        most = max((len(bank.ranks) for bank in banks), default=0)
+        most = max((c.site.num_experts for c in self.containers().values() if c.router is not None), default=0)
         if any(not 0 <= expert < most for expert in scales):
             raise ConfigError(f"expert_scale names experts {sorted(scales)}, but the routed sites have 0..{most - 1}")
-        before = [bank.expert_scale for bank in banks]
-        for bank in banks:
-            bank.expert_scale = tuple(scales.get(i, s) for i, s in enumerate(bank.expert_scale))
+        before = self.slot.expert_scale
+        self.slot.expert_scale = {**before, **scales}
         try:
             yield
         finally:
-            for bank, old in zip(banks, before, strict=True):
-                bank.expert_scale = old
+            self.slot.expert_scale = before
 
     # -- transformers' own surface -------------------------------------------------------------------------------
 
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the backbone's loss takes ``num_items_in_batch``; the Trainer asks."""
-        return bool(getattr(self.backbone, "accepts_loss_kwargs", self.loss_type is not None))
+        declared = getattr(self.backbone, "accepts_loss_kwargs", None)
+        if declared is not None:
+            return bool(declared)
+        parameters = inspect.signature(self.backbone.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's; setting it sets the backbone's."""
+        return getattr(self.backbone, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.backbone.generation_config = value
 
     def can_generate(self) -> bool:  # type: ignore[override]
         return self.backbone.can_generate()
@@ -256,6 +278,15 @@ class MoELoRAModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.resize_token_embeddings(*args, **kwargs).requires_grad_(False)
+
+    def _supports_logits_to_keep(self) -> bool:
+        return bool(self.backbone._supports_logits_to_keep())  # type: ignore[operator]
 
     def get_output_embeddings(self) -> nn.Module | None:
         head: nn.Module | None = self.backbone.get_output_embeddings()
@@ -315,6 +346,10 @@ class MoELoRAModel(PreTrainedModel):
         """Put the frozen layers back in their places and return the backbone; this model is of no use afterwards."""
         for hook in self._hooks:
             hook.remove()
+        if self._ignored is None:
+            vars(self.config).pop("keys_to_ignore_at_inference", None)
+        else:
+            self.config.keys_to_ignore_at_inference = self._ignored
         for name, container in self.containers().items():
             parent, _, child = name.rpartition(".")
             setattr(self.backbone.get_submodule(parent), child, container.base)
@@ -380,6 +415,13 @@ class MoELoRAModel(PreTrainedModel):
             return api.upload_folder(
                 repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
             )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> MoELoRAModel:
+        """The same as :func:`moelora.from_pretrained`."""
+        from .mixture import from_pretrained
+
+        return from_pretrained(*args, **kwargs)
 
     def adapter_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The adapter's tensors by checkpoint name, detached; from ``state_dict`` where one is given."""

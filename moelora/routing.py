@@ -5,13 +5,15 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, E experts, K picks, R stacke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+from .errors import UserError
 
 Level = Literal["expert", "rank"]
 
@@ -69,15 +71,18 @@ class RoutingContext:
         """Repeat per-sequence fields for beams and multiple returned sequences, which enlarge the batch in place.
 
         Raises:
-            ValueError: ``batch_size`` is no multiple of a field's batch.
+            UserError: ``batch_size`` is no multiple of a field's batch.
         """
         changes: dict[str, Tensor] = {}
         for name in self.PER_SEQUENCE:
             value: Tensor | None = getattr(self, name)
-            if value is None or value.shape[0] == batch_size:
+            if value is None or (value.dim() > 0 and value.shape[0] == batch_size):
                 continue
-            if batch_size % value.shape[0]:
-                raise ValueError(f"{name} has {value.shape[0]} rows but the batch has {batch_size} sequences")
+            if value.dim() == 0 or batch_size % value.shape[0]:
+                raise UserError(
+                    f"{name} has the shape {tuple(value.shape)} but the batch has {batch_size} sequences: give one row "
+                    "for each"
+                )
             changes[name] = value.repeat_interleave(batch_size // value.shape[0], dim=0)
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
 
@@ -226,18 +231,55 @@ class Tape:
 
 
 Listener = Callable[[SiteInfo, RoutingRecord], None]
+SlotState = tuple[RoutingContext, bool, Mapping[int, float]]
 
 
 class _Frame:
-    """The decisions of one checkpointed segment, kept so that its recomputation repeats them."""
+    """What one checkpointed segment saw and decided, kept so that its recomputation repeats it."""
 
-    def __init__(self, context: RoutingContext) -> None:
-        self.context = context
+    def __init__(self, slot: RoutingSlot) -> None:
+        self.slot = slot
+        self.state = slot.state()
         self.decisions: list[Decision] = []
 
 
+class _Recording(AbstractContextManager[None]):
+    """Around the forward of a segment: its decisions go into the frame."""
+
+    def __init__(self, frame: _Frame) -> None:
+        self.frame = frame
+        self.before: list[_Frame | None] = []
+
+    def __enter__(self) -> None:
+        slot = self.frame.slot
+        self.before.append(slot.frame)
+        self.frame.state = slot.state()
+        slot.frame = self.frame
+
+    def __exit__(self, *error: object) -> None:
+        self.frame.slot.frame = self.before.pop()
+
+
+class _Replaying(AbstractContextManager[None]):
+    """Around a recomputation of a segment, of which there is one for each backward pass over it."""
+
+    def __init__(self, frame: _Frame) -> None:
+        self.frame = frame
+        self.before: list[tuple[Iterator[Decision] | None, SlotState]] = []
+
+    def __enter__(self) -> None:
+        slot = self.frame.slot
+        self.before.append((slot.replay, slot.state()))
+        slot.replay = iter(self.frame.decisions)
+        slot.restore(self.frame.state)
+
+    def __exit__(self, *error: object) -> None:
+        self.frame.slot.replay, state = self.before.pop()
+        self.frame.slot.restore(state)
+
+
 class RoutingSlot:
-    """The place that the containers of one mixture share: current context, listeners, and replay state.
+    """The place that the containers of one mixture share: current context and switches, listeners, replay.
 
     A plain object rather than a module global or a context variable: two mixtures never mix, and a recomputation that
     autograd runs in another thread still finds the forward that it belongs to.
@@ -246,9 +288,10 @@ class RoutingSlot:
     def __init__(self) -> None:
         self.context = RoutingContext()
         self.enabled = True
+        self.expert_scale: Mapping[int, float] = {}
         self.listeners: list[Listener] = []
-        self._frame: _Frame | None = None
-        self._replay: Iterator[Decision] | None = None
+        self.frame: _Frame | None = None
+        self.replay: Iterator[Decision] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> RoutingSlot:
         copy = memo[id(self)] = RoutingSlot()
@@ -262,14 +305,22 @@ class RoutingSlot:
 
     def next_replay(self) -> Decision | None:
         """The decision to repeat, or ``None`` in an ordinary forward."""
-        return None if self._replay is None else next(self._replay)
+        return None if self.replay is None else next(self.replay)
+
+    def state(self) -> SlotState:
+        """What a recomputation must find as the forward did."""
+        return self.context, self.enabled, self.expert_scale
+
+    def restore(self, state: SlotState) -> None:
+        """Make :meth:`state` what it was."""
+        self.context, self.enabled, self.expert_scale = state
 
     def publish(self, site: SiteInfo, record: RoutingRecord) -> None:
         """Hand a fresh record to the listeners; in a recomputation nothing is published."""
-        if self._replay is not None:
+        if self.replay is not None:
             return
-        if self._frame is not None:
-            self._frame.decisions.append(record.decision())
+        if self.frame is not None:
+            self.frame.decisions.append(record.decision())
         for listener in self.listeners:
             listener(site, record)
 
@@ -291,26 +342,8 @@ class RoutingSlot:
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: record the segment, then replay it.
 
-        The recomputation sees the context of the forward that it repeats, takes that forward's decisions, and
-        publishes nothing, so that losses, counts and controllers hear every token once.
+        The recomputation sees the context and the switches of the forward that it repeats, takes that forward's
+        decisions, and publishes nothing, so that losses, counts and controllers hear every token once.
         """
-        frame = _Frame(self.context)
-        return self._recording(frame), self._replaying(frame)
-
-    @contextmanager
-    def _recording(self, frame: _Frame) -> Iterator[None]:
-        before, self._frame = self._frame, frame
-        frame.context = self.context
-        try:
-            yield
-        finally:
-            self._frame = before
-
-    @contextmanager
-    def _replaying(self, frame: _Frame) -> Iterator[None]:
-        before = self._replay, self.context
-        self._replay, self.context = iter(frame.decisions), frame.context
-        try:
-            yield
-        finally:
-            self._replay, self.context = before
+        frame = _Frame(self)
+        return _Recording(frame), _Replaying(frame)

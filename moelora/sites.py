@@ -22,6 +22,8 @@ def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
         wanted = set(layers[parse_slice(site.layers)])
     else:
         wanted = {layer + len(layers) if layer < 0 else layer for layer in site.layers or layers}
+        if missing := sorted(wanted.difference(layers)):
+            raise ConfigError(f"layers {site.layers!r} names {missing}, which are not among the layers {layers}")
     result: list[str] = []
     for target in site.target:
         hits = [path for path in paths if _matches(path, target)]
@@ -38,7 +40,10 @@ def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
 
 def _matches(path: str, target: str) -> bool:
     if target.startswith("re:"):
-        return re.fullmatch(target[3:], path) is not None
+        try:
+            return re.fullmatch(target[3:], path) is not None
+        except re.error as error:
+            raise ConfigError(f"target {target!r} is not a regular expression: {error}") from None
     return path == target or path.endswith("." + target)
 
 

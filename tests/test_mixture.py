@@ -469,3 +469,133 @@ def test_autocast_trains(tiny_llama: LlamaForCausalLM) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(expected, abs=0.05)
     assert all(torch.isfinite(t.grad).all() and t.grad.any() for t in model.adapter_tensors().values())
+
+
+def test_a_second_attach_is_refused_and_a_failed_one_leaves_the_backbone(tiny_llama: LlamaForCausalLM) -> None:
+    names = [name for name, _ in tiny_llama.named_modules()]
+    bad = {"sites": [MIXLORA["sites"][0], {"target": "self_attn", "experts": {"num_experts": 1}}]}
+    with pytest.raises(ConfigError, match="self_attn"):
+        moelora.attach(tiny_llama, bad)
+    assert [name for name, _ in tiny_llama.named_modules()] == names
+    assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
+    model = moelora.attach(tiny_llama, MIXLORA)
+    for backbone in (tiny_llama, model):
+        with pytest.raises(ConfigError, match=r"already carries experts.*unload"):
+            moelora.attach(backbone, LINEAR)
+    moelora.attach(model.unload(), LINEAR)
+
+
+@pytest.mark.parametrize("scales", [{0: 3.0, 1: 3.0, 2: 3.0, 3: 3.0}, {1: 0.0, 2: 2.0}], ids=["uniform", "mixed"])
+def test_switches_reach_a_recomputation_after_their_block(
+    tiny_llama: LlamaForCausalLM, scales: dict[int, float]
+) -> None:
+    ids, mask, labels = batch()
+    model = randomize(moelora.attach(tiny_llama, MIXLORA)).train()
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        with model.expert_scale(scales):
+            loss = model(ids, attention_mask=mask, labels=labels).loss
+        with model.disable_experts():
+            loss.backward()
+        return gradients(model)
+
+    plain = step()
+    model.gradient_checkpointing_enable()
+    again = step()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_several_backward_passes_over_one_checkpointed_forward(tiny_llama: LlamaForCausalLM) -> None:
+    ids, mask, labels = batch()
+    model = randomize(moelora.attach(tiny_llama, MIXLORA)).train()
+    model.gradient_checkpointing_enable()
+    out = model(ids, attention_mask=mask, labels=labels)
+    out.task_loss.backward(retain_graph=True)
+    first = gradients(model)
+    model.zero_grad()
+    out.task_loss.backward()
+    assert all(torch.equal(value, first[name]) for name, value in gradients(model).items())
+
+
+def test_gpt2_counts_the_labels_of_a_step_as_its_backbone_does() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    backbone = GPT2LMHeadModel(config).eval()
+    ids, mask, labels = batch()
+    expected = backbone(ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(40)).loss
+    sites = [
+        {"target": "mlp", "experts": {"num_experts": 4, "r": 2}, "router": {"kind": "topk"}},
+        {"target": "c_attn", "experts": {"num_experts": 1, "r": 2}},
+    ]
+    model = moelora.attach(backbone, {"sites": sites}).eval()
+    assert model.accepts_loss_kwargs
+    out = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(40))
+    assert out.task_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert out.aux_share.item() == pytest.approx((labels != -100).sum().item() / 40)
+
+
+def test_encoder_and_decoder_have_masks_of_their_own() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    backbone = T5ForConditionalGeneration(config).eval()
+    site = {"target": "DenseReluDense", "experts": {"num_experts": 4, "r": 2}, "router": {"kind": "topk"}}
+    model = moelora.attach(backbone, {"sites": [site]}).eval()
+    ids, mask, _ = batch(3, 9)
+    with moelora.trace(model) as tape:
+        out = model(ids, attention_mask=mask, labels=ids.clone())
+    masks = {name.split(".")[0]: tape[name][0].mask for name in tape}
+    assert torch.equal(masks["encoder"], mask.bool())
+    assert masks["decoder"] is None
+    assert out.loss.item() == pytest.approx((out.task_loss + 0.01 * out.aux_losses["load_balance"]).item(), abs=1e-5)
+    assert model.slot.context.token_mask is None
+
+
+def test_a_generation_config_set_on_the_mixture_is_used(tiny_llama: LlamaForCausalLM) -> None:
+    from transformers import GenerationConfig
+
+    model = moelora.attach(tiny_llama, MIXLORA).eval()
+    model.generation_config = GenerationConfig(max_new_tokens=2, min_new_tokens=2, eos_token_id=2, pad_token_id=0)
+    assert model.generate(torch.tensor([[5, 6, 7]])).shape == (1, 5)
+
+
+def test_outputs_and_models_can_be_pickled_and_configs_stay_clean(tiny_llama: LlamaForCausalLM) -> None:
+    import io
+    import pickle
+
+    ids, mask, labels = batch()
+    before = dict(vars(tiny_llama.config))
+    model = moelora.attach(tiny_llama, MIXLORA).eval()
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, labels=labels, use_cache=False)
+    again = pickle.loads(pickle.dumps(out))
+    assert torch.equal(again.logits, out.logits) and torch.equal(
+        again.aux_losses["load_balance"], out.aux_losses["load_balance"]
+    )
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, attention_mask=mask).logits, out.logits)
+    assert vars(model.unload().config) == before
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [({"target": "re:mlp("}, "not a regular expression"), ({"target": "mlp", "layers": [0, 99]}, r"names \[99\]")],
+)
+def test_targets_and_layers_that_do_not_exist(tiny_llama: LlamaForCausalLM, site: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        moelora.attach(tiny_llama, {"sites": [{**site, "experts": {"num_experts": 1}}]})
