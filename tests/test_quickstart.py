@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from moelora.config import DatasetData, SiteConfig
 from moelora.errors import CheckpointError, UserError
 from moelora.evaluation.scoring import Report, TaskScore
 from moelora.mixture import attach
-from moelora.quickstart import execute, tell
 from moelora.quickstart import plan as planning
+from moelora.quickstart import tell
 from moelora.trainers.comparison import Outcome, equal_rank, find_targets, peak_memory, trainable_parameters
 
 TASKS = {"upper": str.upper, "twice": lambda word: word + word}
@@ -35,6 +36,7 @@ def settings(backbone_folder: Path, tmp_path: Path) -> quickstart.Settings:
     data = DatasetData.parse({"path": str(path), "test_fraction": 0.3, "columns": columns})
     return quickstart.Settings(
         minutes=10,
+        steps=None,
         backbone=str(backbone_folder),
         quantization="fp32",
         data=data,
@@ -45,10 +47,9 @@ def settings(backbone_folder: Path, tmp_path: Path) -> quickstart.Settings:
 
 
 @pytest.mark.timeout(300)
-def test_from_data_to_reloaded_checkpoint(settings: quickstart.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "plan_steps", lambda *_: 4)
+def test_from_data_to_reloaded_checkpoint(settings: quickstart.Settings) -> None:
     console = Console(record=True, width=160, file=io.StringIO())
-    found = quickstart.run(settings, console)
+    found = quickstart.run(replace(settings, steps=4), console)
     said = console.export_text()
     for part in ("mean of tasks", "tokens per second", "peak memory", "Logits agree", "MixLoRA"):
         assert part in said
@@ -74,8 +75,6 @@ def test_from_data_to_reloaded_checkpoint(settings: quickstart.Settings, monkeyp
 
 
 def test_too_few_minutes_are_said_before_training(settings: quickstart.Settings) -> None:
-    from dataclasses import replace
-
     plan = planning.prepare(replace(settings, minutes=1.0), Console(quiet=True))
     with pytest.raises(UserError, match=r"--minutes 1 leave time for 0 training steps .* give at least --minutes"):
         planning.plan_steps(plan, planning.plan_mixtures(plan), eval_seconds=100.0)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 def quickstart(
     minutes: Annotated[float, typer.Option(min=1.0, help="About how long it may take in all.")] = 10.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Train for so many steps, however long they take, to repeat a run.")
+    ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="A hub id, a folder or a .gguf file instead of SmolLM2-135M-Instruct.")
     ] = None,
@@ -51,6 +54,7 @@ def quickstart(
         raise typer.Exit(0 if result["agrees"] else 1)
     settings = library.Settings(
         minutes=minutes,
+        steps=steps,
         backbone=backbone,
         quantization=None
         if quantization is None

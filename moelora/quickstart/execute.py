@@ -52,7 +52,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         )
     eval_seconds = time.monotonic() - began
     mixtures = plan_mixtures(plan)
-    steps = plan_steps(plan, mixtures, eval_seconds)
+    steps = settings.steps or plan_steps(plan, mixtures, eval_seconds)
     console.print(f"Training each for {steps} steps of {plan.batch_size} questions, the same ones in the same order.")
     outcomes: dict[str, Outcome] = {}
     constant = majority(plan.train_examples, plan.test)

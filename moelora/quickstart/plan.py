@@ -30,11 +30,12 @@ class Settings:
     """What the user chose; ``None`` leaves it to the card.
 
     Attributes:
-        minutes: about how long everything may take. data: the user's own data in place of the card's tasks.
-        threads: CPU threads; all cores by default.
+        minutes: about how long everything may take. steps: train for so many steps instead, however long they take.
+        data: the user's own data in place of the card's tasks. threads: CPU threads; all cores by default.
     """
 
     minutes: float
+    steps: int | None
     backbone: str | None
     quantization: Quantization | None
     data: DatasetData | None
