@@ -15,12 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Phi3Conf
 
 from moelora import quickstart
 from moelora.config import DatasetData, SiteConfig
+from moelora.data import Example
 from moelora.errors import CheckpointError, UserError
-from moelora.evaluation.scoring import Report, TaskScore
+from moelora.evaluation.scoring import Report, TaskScore, compare
 from moelora.mixture import attach
 from moelora.quickstart import plan as planning
 from moelora.quickstart import tell
-from moelora.trainers.comparison import Outcome, equal_rank, find_targets, peak_memory, trainable_parameters
+from moelora.trainers.comparison import equal_rank, find_targets, peak_memory, trainable_parameters
 
 TASKS = {"upper": str.upper, "twice": lambda word: word + word}
 
@@ -123,10 +124,9 @@ def test_equal_rank_gives_about_equal_parameters(tiny_llama: LlamaForCausalLM) -
     assert trainable_parameters(attach(backbone, {"sites": [lora]})) == pytest.approx(wanted, rel=0.03)
 
 
-def outcome(scores: list[float]) -> Outcome:
+def report(scores: list[float]) -> Report:
     mean = sum(scores) / len(scores)
-    report = Report({"t": TaskScore(mean, 0.0, 1.0, len(scores))}, mean, [""] * len(scores), scores)
-    return Outcome(report, tokens=10, seconds=2.0, peak_mib=5.0, trainable=3, loss=1.0)
+    return Report({"t": TaskScore(mean, 0.0, 1.0, len(scores))}, mean, [""] * len(scores), scores)
 
 
 @pytest.mark.parametrize(
@@ -137,12 +137,9 @@ def outcome(scores: list[float]) -> Outcome:
         ([0.0, 1.0] * 10, [1.0, 0.0] * 10, "does not win here: the difference to LoRA is within chance"),
     ],
 )
-def test_the_verdict_is_plain(
-    settings: quickstart.Settings, lora: list[float], mixlora: list[float], words: str
-) -> None:
-    plan = planning.prepare(settings, Console(quiet=True))
-    plan.test[:] = plan.test[:1] * 20
-    assert words in tell.verdict(plan, {"LoRA": outcome(lora), "MixLoRA": outcome(mixlora)})
+def test_the_verdict_is_plain(lora: list[float], mixlora: list[float], words: str) -> None:
+    questions = [Example("question", "answer", "t")] * 20
+    assert words in tell.verdict(compare(questions, report(mixlora), report(lora)))
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:

@@ -51,7 +51,7 @@ def analyze(
         task_names=tokens.tasks,
         out=folder,
         model_name=path,
-        data_name=f"{len(tokens)} test questions of {len(tokens.tasks)} tasks",
+        data_name=f"{len(tokens)} test questions and their answers",
     )
     for finding in findings(stats):
         stdout().print(f"{finding.level}: {finding.text}", highlight=False, markup=False)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -54,13 +54,12 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     mixtures = plan_mixtures(plan)
     steps = settings.steps or plan_steps(plan, mixtures, eval_seconds)
     console.print(f"Training each for {steps} steps of {plan.batch_size} questions, the same ones in the same order.")
-    outcomes: dict[str, Outcome] = {}
-    constant = majority(plan.train_examples, plan.test)
+    story = _Story(before, majority(plan.train_examples, plan.test))
     for name, mixture in mixtures.items():
-        _train(plan, name, mixture, steps, _Story(before, constant, outcomes, steps))
-    found = tell.results(plan, before, constant, outcomes, steps)
+        _train(plan, name, mixture, steps, story)
+    found = story.found
     (plan.output / RESULTS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    tell.print_table(plan, before, constant, outcomes)
+    tell.print_table(console, before, story.constant, story.outcomes, found["verdict"])
     _reload(plan)
     minutes = (time.monotonic() - plan.began) / 60
     console.print(f"\nDone in {minutes:.1f} minutes. In [bold]{plan.output}[/]: {CHECKPOINT}/ (the checkpoint with its")
@@ -68,14 +67,14 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Story:
-    """What is known so far, for the card of the checkpoint."""
+    """What is known so far; ``found``, all of it, once the mixture is trained, which comes last."""
 
     before: Report
     constant: Report
-    outcomes: dict[str, Outcome]
-    steps: int
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 def _train(plan: Plan, name: str, mixture: MixtureConfig, steps: int, story: _Story) -> None:
@@ -88,9 +87,9 @@ def _train(plan: Plan, name: str, mixture: MixtureConfig, steps: int, story: _St
         if folder != CHECKPOINT:
             model.save_pretrained(plan.output / folder)
             return
-        found = tell.results(plan, story.before, story.constant, story.outcomes, steps)
+        story.found = tell.results(plan, story.before, story.constant, story.outcomes, steps)
         lines = tell.rows(story.before, story.constant, story.outcomes)
-        model.save_pretrained(plan.output / folder, card=tell.card(plan, found, tell.markdown_table(*lines)))
+        model.save_pretrained(plan.output / folder, card=tell.card(plan, story.found, tell.markdown_table(*lines)))
         write_probe(plan.output, model, plan.tokenizer, plan.test)
         _record(plan, model)
 

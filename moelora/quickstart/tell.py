@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..checkpoints.reading import is_hub_id
-from ..evaluation.scoring import Report, compare
+from ..evaluation.scoring import Comparison, Report, compare
 from ..trainers.comparison import Outcome
 from .plan import Plan
 
@@ -34,7 +34,7 @@ def results(plan: Plan, before: Report, constant: Report, outcomes: dict[str, Ou
         "backbone_alone": before.to_dict(),
         "methods": {name: outcome.to_dict() for name, outcome in outcomes.items()},
         "mixlora_minus_lora": vars(better),
-        "verdict": verdict(plan, outcomes),
+        "verdict": verdict(better),
         "machine": {
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
@@ -45,9 +45,8 @@ def results(plan: Plan, before: Report, constant: Report, outcomes: dict[str, Ou
     }
 
 
-def verdict(plan: Plan, outcomes: dict[str, Outcome]) -> str:
-    """One sentence on who won, if anybody did."""
-    better = compare(plan.test, outcomes[MIXTURE].report, outcomes[BASELINE].report)
+def verdict(better: Comparison) -> str:
+    """One sentence on who won, if anybody did; ``better`` is the mixture against plain LoRA."""
     spread = f"{100 * better.difference:+.1f} points, 95 % interval {100 * better.low:+.1f} to {100 * better.high:+.1f}"
     if better.low > 0:
         return f"MixLoRA scores higher than LoRA here ({spread}). One seed, one learning rate: no ranking of methods."
@@ -85,7 +84,9 @@ def _interval(report: Report, task: str) -> str:
     return f"{100 * found.low:.0f}-{100 * found.high:.0f}"
 
 
-def print_table(plan: Plan, before: Report, constant: Report, outcomes: dict[str, Outcome]) -> None:
+def print_table(
+    console: Console, before: Report, constant: Report, outcomes: dict[str, Outcome], conclusion: str
+) -> None:
     """The table on the terminal, and the verdict."""
     columns, lines = rows(before, constant, outcomes)
     title = "Score in % (95 % interval)"
@@ -94,9 +95,9 @@ def print_table(plan: Plan, before: Report, constant: Report, outcomes: dict[str
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for index, line in enumerate(lines):
         table.add_row(*line, end_section=index in (len(before.tasks) - 1, len(before.tasks)))
-    plan.console.print()
-    plan.console.print(table)
-    plan.console.print(verdict(plan, outcomes))
+    console.print()
+    console.print(table)
+    console.print(conclusion)
 
 
 def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
