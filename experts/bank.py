@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Pluggable
+from ..dispatch import linear as dispatch
+from ..dispatch.linear import Gate
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -27,8 +29,9 @@ class ExpertsConfig(Pluggable):
         num_experts: E.
         r: rank of every expert, or one rank per expert.
         alpha: numerator of the scale, for all or per expert; the kind says what divides it.
-        dropout: probability of dropping an input feature of ``lora_A`` in training. One mask per token and projection,
-            shared by the experts of the token (the released MixLoRA draws one per expert as well).
+        dropout: probability of dropping an input feature of ``lora_A`` in training.
+        expert_dropout: ``shared`` draws one mask per token and projection for all experts of the token; ``separate``
+            draws one for each expert, as the released MixLoRA, LoRAMoE and X-LoRA do, and is slower: linear sites only.
         init: how ``lora_A`` starts: ``kaiming`` is uniform with a = sqrt(5) as in PEFT, ``gaussian`` is N(0, 1/r).
             ``lora_B`` starts at zero.
     """
@@ -37,6 +40,7 @@ class ExpertsConfig(Pluggable):
     r: PositiveInt | list[PositiveInt] = 16
     alpha: PositiveFloat | list[PositiveFloat] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    expert_dropout: Literal["shared", "separate"] = "shared"
     init: Literal["kaiming", "gaussian"] = "kaiming"
 
     @model_validator(mode="after")
@@ -56,6 +60,11 @@ class ExpertsConfig(Pluggable):
         return tuple(self.alpha) if isinstance(self.alpha, list) else (self.alpha,) * self.num_experts
 
     @property
+    def total_rank(self) -> int:
+        """R, without a list of all ranks: a file may ask for a billion experts."""
+        return sum(self.r) if isinstance(self.r, list) else self.r * self.num_experts
+
+    @property
     def scales(self) -> tuple[float, ...]:
         """Factor of each expert's update."""
         raise NotImplementedError
@@ -64,12 +73,24 @@ class ExpertsConfig(Pluggable):
 class ExpertBank(nn.Module):
     """Stacked low-rank experts of one projection: ``lora_A`` (R, D), ``lora_B`` (O, R).
 
+    A container uses :meth:`down`, :meth:`up`, :meth:`low` and :meth:`add_to`, never the parameters, so that a kind may
+    hold its factors in another form.
+
     Attributes:
         ranks: rank of each expert.
+        token_local: the update of a token depends on that token alone, so tokens may be dispatched to experts.
+        mergeable: the update of an expert is a matrix, which may be added to the frozen weight; see :meth:`delta`.
+        needs_dense_weight: the forward looks at the frozen weight itself, which a 4-bit base has to unpack; linear
+            sites only.
+        zero_at_init: a fresh expert adds nothing.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type[ExpertsConfig]] = ExpertsConfig
+    token_local: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    needs_dense_weight: ClassVar[bool] = False
+    zero_at_init: ClassVar[bool] = True
 
     def __init__(self, config: ExpertsConfig, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -114,10 +135,51 @@ class ExpertBank(nn.Module):
         """The input after dropout, in training."""
         return F.dropout(hidden_states, self.config.dropout, self.training and self.config.dropout > 0)
 
-    def low(self, hidden_states: Tensor, factors: Mapping[int, float]) -> Tensor:
-        """(..., R) ``scale * dropout(x) A^T``; ``factors`` as for :meth:`scale`."""
-        x = self.dropped(hidden_states)
-        return F.linear(x, self.lora_A.to(x.dtype)) * self.scale(x, factors)
+    def down(self) -> Tensor:
+        """(R, D) what multiplies the input, all experts stacked."""
+        return self.lora_A
+
+    def up(self) -> Tensor:
+        """(O, R) what multiplies the low-rank activations, all experts stacked."""
+        return self.lora_B
+
+    @property
+    def separate_masks(self) -> bool:
+        """Whether this forward drops features for each expert by itself."""
+        return self.training and self.config.dropout > 0 and self.config.expert_dropout == "separate"
+
+    def low(self, hidden_states: Tensor) -> Tensor:
+        """(..., R) ``dropout(x) A^T``, not scaled yet."""
+        A = self.down().to(hidden_states.dtype)
+        if not self.separate_masks:
+            return F.linear(self.dropped(hidden_states), A)
+        parts = A.split(list(self.ranks), dim=0)
+        return torch.cat([F.linear(self.dropped(hidden_states), part) for part in parts], dim=-1)
+
+    def add_to(self, out: Tensor, hidden_states: Tensor, low: Tensor | None, gate: Gate, base: nn.Module) -> Tensor:
+        """(..., O) the output of the frozen linear with the update of the gated experts.
+
+        Args:
+            out: (..., O) what ``base`` made of ``hidden_states`` (..., D); may be changed in place.
+            low: (..., R) of :meth:`low` where it was needed before; else it is computed here.
+            gate: weights of the experts, scales included.
+        """
+        if low is None and self.separate_masks:
+            low = self.low(hidden_states)
+        if low is not None:
+            return dispatch.from_low(out, low, self.up(), gate)
+        return dispatch.routed(out, self.dropped(hidden_states), self.down(), self.up(), gate)
+
+    @torch.no_grad()
+    def delta(self, weights: Tensor, base: nn.Module) -> Tensor:
+        """(O, D) float32: the update of experts with constant weights (E,), as a matrix.
+
+        Args:
+            base: the frozen linear.
+        """
+        gate = weights.float() * torch.tensor(self.config.scales, device=weights.device)
+        ranks = torch.tensor(self.ranks, device=weights.device)
+        return (self.up().float() * gate.repeat_interleave(ranks)) @ self.down().float()
 
     def extra_repr(self) -> str:
         ranks = self.ranks[0] if len(set(self.ranks)) == 1 else self.ranks

@@ -6,6 +6,8 @@ rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 from ..config import SiteConfig
 from ..dispatch import block as dispatch
 from ..errors import ConfigError
-from ..routing import RoutingRecord, RoutingSlot, SiteInfo
+from ..registry import EXPERTS
+from ..routers.base import Router
+from ..routing import RoutingRecord, SiteInfo
+from ..slot import RoutingSlot
 from .bank import ExpertBank
 from .container import Container
 from .ffn import FFNSpec, linear_shape, split_halves, trace_ffn
@@ -43,9 +48,10 @@ class BlockContainer(Container):
         site: SiteInfo,
         slot: RoutingSlot,
         group: int = 0,
+        router: Router[Any] | None = None,
         spec: FFNSpec | None = None,
     ) -> None:
-        super().__init__(base, config, site, slot, group)
+        super().__init__(base, config, site, slot, group, router)
         self.spec = trace_ffn(base, site.name) if spec is None else spec
         self.implementation = "sorted"
         wanted = self.spec.projections if config.projections is None else config.projections
@@ -54,9 +60,40 @@ class BlockContainer(Container):
             raise ConfigError(
                 f"site {site.name!r}: projections {unknown} are not in this block; it has {self.spec.projections}"
             )
+        self._refuse_what_has_no_meaning()
         self.experts = nn.ModuleDict()
         for name in wanted:
             self.experts[name.replace(".", "__")] = self.new_bank(*linear_shape(base.get_submodule(name)))
+
+    def _refuse_what_has_no_meaning(self) -> None:
+        kind = EXPERTS.get(self.config.experts.kind)
+        reasons = []
+        if self.router is not None and self.router.level == "rank":
+            reasons.append(
+                f"router {self.router.kind!r} weighs single ranks of one projection, but a block routes once, before "
+                "projections that have ranks of their own"
+            )
+        if self.router is not None and self.router.needs_activations:
+            reasons.append(
+                f"router {self.router.kind!r} looks at the low-rank activations of one projection, but a block has "
+                "several and routes before them"
+            )
+        if not kind.token_local:
+            reasons.append(f"experts {kind.kind!r} look at other tokens, but a block hands tokens out to experts")
+        if kind.needs_dense_weight:
+            reasons.append(
+                f"experts {kind.kind!r} rescale the output of the frozen projection, each in its own way, but a block "
+                "runs the frozen down projection once for all of them"
+            )
+        if self.config.experts.dropout > 0 and self.config.experts.expert_dropout == "separate":
+            reasons.append(
+                "expert_dropout 'separate' needs a mask as wide as the block for each expert of a token: set 'shared'"
+            )
+        if reasons:
+            raise ConfigError(
+                f"site {self.site.name!r} is an FFN block: {'; '.join(reasons)}. Target the linears of the block by "
+                "name to have linear sites"
+            )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -64,10 +101,11 @@ class BlockContainer(Container):
             return self.base(hidden_states)  # type: ignore[no-any-return]
         record = self.decide(hidden_states)
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        normalized = record is None or record.normalized or self.router_weighs_updates
         inputs, indices_TK = self._inputs(x_TD, record)
-        normalized = record is None or record.normalized
+        ranks = (*self.site.ranks, 0)  # the last is the frozen block itself, for weights of updates
         mix_TF, low_TR = dispatch.IMPLEMENTATIONS[self.implementation](
-            inputs, indices_TK, self.config.experts.ranks, self.base.get_submodule(self.spec.activation), normalized
+            inputs, indices_TK, ranks, self.base.get_submodule(self.spec.activation), normalized
         )
         if self.spec.inner_dropout is not None:
             mix_TF = self.base.get_submodule(self.spec.inner_dropout)(mix_TF)
@@ -78,7 +116,7 @@ class BlockContainer(Container):
             out_TD = out_TD + (inputs.weights_TK.sum(-1, keepdim=True) - 1) * bias
         bank = self._bank(self.spec.down)
         if bank is not None and low_TR is not None:
-            delta = F.linear(low_TR * bank.scale(low_TR, self.factors), bank.lora_B.to(low_TR.dtype))
+            delta = F.linear(low_TR * bank.scale(low_TR, self.factors), bank.up().to(low_TR.dtype))
             out_TD = out_TD + delta.to(out_TD.dtype)
         if record is not None and record.residual is not None:
             out_TD = out_TD + record.residual.reshape(-1, 1).to(out_TD.dtype) * x_TD
@@ -108,6 +146,8 @@ class BlockContainer(Container):
             weights_TK = activated.new_ones(x_TD.shape[0], 1)
         else:
             indices_TK, weights_TK = _slots(record)
+            if self.router_weighs_updates and not record.normalized:
+                indices_TK, weights_TK = _with_base(indices_TK, weights_TK, len(self.site.ranks))
         bank = self._bank(spec.down)
         keep = None
         if bank is not None and bank.training and bank.config.dropout > 0:
@@ -119,7 +159,7 @@ class BlockContainer(Container):
             B_activated_FR=B,
             low_multiplied_TR=low_multiplied,
             B_multiplied_FR=B_multiplied,
-            A_down_RF=None if bank is None else bank.lora_A.to(activated.dtype),
+            A_down_RF=None if bank is None else bank.down().to(activated.dtype),
             weights_TK=weights_TK.to(activated.dtype),
             keep_TF=keep,
         )
@@ -131,11 +171,23 @@ class BlockContainer(Container):
 
     def _low(self, projection: str, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
         bank = self._bank(projection)
-        return None if bank is None else bank.low(x_TD, self.factors).to(dtype)
+        return None if bank is None else (bank.low(x_TD) * bank.scale(x_TD, self.factors)).to(dtype)
 
     def _lora_B(self, projection: str, dtype: torch.dtype) -> Tensor | None:
         bank = self._bank(projection)
-        return None if bank is None else bank.lora_B.to(dtype)
+        return None if bank is None else bank.up().to(dtype)
+
+    @property
+    def router_weighs_updates(self) -> bool:
+        """Whether weights multiply what experts change, so that the frozen block makes up what is missing to 1."""
+        return self.router is not None and self.router.weighs == "updates"
+
+
+def _with_base(indices_TK: Tensor, weights_TK: Tensor, base: int) -> tuple[Tensor, Tensor]:
+    """One slot more for each token: the frozen block, with the weight that is missing to 1."""
+    rest_T1 = 1 - weights_TK.sum(-1, keepdim=True)
+    index_T1 = torch.full_like(rest_T1, base, dtype=torch.long)
+    return torch.cat([indices_TK, index_T1], dim=1), torch.cat([weights_TK, rest_T1], dim=1)
 
 
 def _slots(record: RoutingRecord) -> tuple[Tensor, Tensor]:

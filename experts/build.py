@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import SiteConfig
-from ..routing import RoutingSlot, SiteInfo
+from ..routers.base import Router
+from ..routing import SiteInfo
+from ..slot import RoutingSlot
 from .block import BlockContainer
 from .container import Container
 from .ffn import is_linear, linear_shape, trace_ffn
@@ -23,6 +26,9 @@ def build(
     layer: int | None = None,
     slot: RoutingSlot | None = None,
     group: int = 0,
+    router: Router[Any] | None = None,
+    members: Sequence[str] = (),
+    hidden_size: int | None = None,
 ) -> Container:
     """Put experts and a router around ``base``: a linear becomes a linear site, an FFN block a block site.
 
@@ -31,6 +37,8 @@ def build(
     Args:
         config: the site; ``target`` and ``layers`` are of no matter here.
         name, layer: where the container will sit. slot: shared with the other containers of a mixture.
+        router: a router that another container has already; by default a new one is made.
+        members, hidden_size: as in :class:`~moelora.routing.SiteInfo`.
 
     Raises:
         ConfigError: the options do not hold together, or ``base`` is neither a linear nor an FFN block.
@@ -40,12 +48,14 @@ def build(
     slot = RoutingSlot() if slot is None else slot
     experts = config.experts
     if is_linear(base):
-        site = SiteInfo(name, layer, *linear_shape(base), experts.ranks, experts.scales)
-        container: Container = LinearContainer(base, config, site, slot, group)
+        widths = linear_shape(base)
+        site = SiteInfo(name, layer, *widths, experts.ranks, experts.scales, tuple(members), hidden_size)
+        container: Container = LinearContainer(base, config, site, slot, group, router)
     else:
         spec = trace_ffn(base, name)
-        site = SiteInfo(name, layer, spec.hidden_size, spec.hidden_size, experts.ranks, experts.scales)
-        container = BlockContainer(base, config, site, slot, group, spec)
+        width = spec.hidden_size
+        site = SiteInfo(name, layer, width, width, experts.ranks, experts.scales, tuple(members), hidden_size)
+        container = BlockContainer(base, config, site, slot, group, router, spec)
     device = _device(base)
     container.experts.to(device)
     if container.router is not None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SiteConfig
+from ..errors import ConfigError
 from ..registry import EXPERTS, ROUTERS
 from ..routers.base import Router
-from ..routing import RouteInput, RoutingRecord, RoutingSlot, SiteInfo
+from ..routing import RouteInput, RoutingRecord, SiteInfo
+from ..slot import RoutingSlot
 from .bank import ExpertBank
 
 
@@ -20,7 +22,7 @@ class Container(nn.Module):
 
     Attributes:
         base: the layer that was there, untouched. experts: the bank, or the banks by projection.
-        router: ``None`` for a single expert that is always on.
+        router: ``None`` for a single expert that is always on; may be one that other containers have as well.
         slot: shared by all containers of a mixture; see :class:`~moelora.routing.RoutingSlot`.
         group: index of the site configuration that this container came from; containers of one group share the
             configuration of their router, and its losses are pooled over them.
@@ -30,14 +32,26 @@ class Container(nn.Module):
     experts: nn.Module
     router: Router[Any] | None
 
-    def __init__(self, base: nn.Module, config: SiteConfig, site: SiteInfo, slot: RoutingSlot, group: int) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        config: SiteConfig,
+        site: SiteInfo,
+        slot: RoutingSlot,
+        group: int,
+        router: Router[Any] | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.config = config
         self.site = site
         self.slot = slot
         self.group = group
-        self.router = None if config.router is None else ROUTERS.create(config.router.kind, config.router, site)
+        if router is None and config.router is not None:
+            router = ROUTERS.create(config.router.kind, config.router, site)
+        elif router is not None:
+            _refuse_unlike(site, router)
+        self.router = router
 
     def new_bank(self, in_features: int, out_features: int) -> ExpertBank:
         bank: ExpertBank = EXPERTS.create(self.config.experts.kind, self.config.experts, in_features, out_features)
@@ -74,12 +88,45 @@ class Container(nn.Module):
             if isinstance(module, ExpertBank):
                 yield module
 
-    def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by their name in a checkpoint: ``lora_A``, ``up_proj.lora_B``, ``router.weight``."""
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by checkpoint name: ``lora_A``, ``up_proj.lora_B``, ``router.weight``."""
         parts: list[tuple[str, nn.Module]] = [("", self.experts)]
         if self.router is not None:
             parts.append(("router.", self.router))
-        return {prefix + name: value for prefix, module in parts for name, value in module.named_parameters()}
+        return {
+            prefix + name: value
+            for prefix, module in parts
+            for name, value in module.state_dict(keep_vars=True).items()
+        }
+
+    def fit_router(self) -> None:
+        """Hand the experts to the router; see :meth:`~moelora.routers.Router.fit`.
+
+        Raises:
+            ConfigError: a block has several banks.
+        """
+        banks = list(self.banks())
+        assert self.router is not None
+        if len(banks) == 1:
+            bank = banks[0]
+            self.router.fit(bank.down().detach(), bank.up().detach(), bank.ranks)
+        elif type(self.router).fit is not Router.fit:
+            raise ConfigError(
+                f"site {self.site.name!r}: router {self.router.kind!r} follows from the experts of one projection, but "
+                f"this block has {len(banks)}: set projections to one of them, or target its linears by name"
+            )
 
     def extra_repr(self) -> str:
         return f"site={self.site.name!r}"
+
+
+def _refuse_unlike(site: SiteInfo, router: Router[Any]) -> None:
+    """Raise where a site cannot use the router of another one."""
+    theirs = router.site
+    same_width = router.needs_scoring or site.in_features == theirs.in_features
+    if not same_width or site.ranks != theirs.ranks:
+        raise ConfigError(
+            f"site {site.name!r} ({site.in_features} features in, ranks {list(site.ranks)}) cannot share the router of "
+            f"{theirs.name!r} ({theirs.in_features}, {list(theirs.ranks)}): name the two in different sites, or set "
+            "router.share to 'module'"
+        )

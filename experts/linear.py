@@ -5,11 +5,15 @@ Shapes: B batch, S sequence, D in, O out, R stacked rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..config import SiteConfig
-from ..dispatch import linear
-from ..routing import RoutingSlot, SiteInfo
+from ..dispatch.linear import Gate
+from ..routers.base import Router
+from ..routing import SiteInfo
+from ..slot import RoutingSlot
 from .bank import ExpertBank
 from .container import Container
 
@@ -23,8 +27,16 @@ class LinearContainer(Container):
 
     experts: ExpertBank
 
-    def __init__(self, base: nn.Module, config: SiteConfig, site: SiteInfo, slot: RoutingSlot, group: int = 0) -> None:
-        super().__init__(base, config, site, slot, group)
+    def __init__(
+        self,
+        base: nn.Module,
+        config: SiteConfig,
+        site: SiteInfo,
+        slot: RoutingSlot,
+        group: int = 0,
+        router: Router[Any] | None = None,
+    ) -> None:
+        super().__init__(base, config, site, slot, group, router)
         self.experts = self.new_bank(site.in_features, site.out_features)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -33,20 +45,25 @@ class LinearContainer(Container):
         if not self.slot.enabled:
             return out
         bank = self.experts
-        record = self.decide(hidden_states)
-        x = bank.dropped(hidden_states)
-        gate = bank.scale(x, self.factors)
-        if record is not None:
-            gate = record.gate(bank.ranks).to(x.dtype) * gate
-        return out + linear.stacked(x, bank.lora_A, bank.lora_B, gate).to(out.dtype)
+        low = bank.low(hidden_states) if self.router is not None and self.router.needs_activations else None
+        record = self.decide(hidden_states, low)
+        scale = bank.scale(hidden_states, self.factors)
+        if record is None:
+            gate = Gate(None, None, bank.ranks, scale)
+        else:
+            ranks = bank.ranks if record.level == "expert" else (1,) * record.num_experts
+            gate = Gate(record.weights, record.indices, ranks, scale, record.mix == "factors")
+        return bank.add_to(out, hidden_states, low, gate, self.base)
 
     @property
-    def lora_A(self) -> nn.Parameter:
-        return self.experts.lora_A
+    def lora_A(self) -> Tensor:
+        """(R, D) the stacked experts."""
+        return self.experts.down()
 
     @property
-    def lora_B(self) -> nn.Parameter:
-        return self.experts.lora_B
+    def lora_B(self) -> Tensor:
+        """(O, R) the stacked experts."""
+        return self.experts.up()
 
     # Backbones read these from their linears, for example to pick a dtype.
     @property

@@ -99,7 +99,7 @@ class SiteConfig(Closed):
                     "such as router: {kind: topk, top_k: 2}, or set num_experts to 1"
                 )
         else:
-            self.router.check(count)
+            self.router.check(count, self.experts.total_rank)
         return self
 
 

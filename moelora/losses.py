@@ -60,7 +60,7 @@ def aux_losses(
             values = router.losses(records[index], replace(context, load_share=share))
         for name, value in values.items():
             losses[name if len(groups) == 1 else f"sites.{index}.{name}"] = value
-            if coefficients[name] > 0:
+            if coefficients[name] != 0:
                 total = total + coefficients[name] * value.to(total.device)
     return losses, total
 

@@ -10,13 +10,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import BackboneConfig, MixtureConfig, Recipe, load_recipe
+from .config import BackboneConfig, MixtureConfig, Recipe, SiteConfig, load_recipe
 from .errors import ConfigError
 from .experts import Container, build
 from .losses import StepLoad as StepLoad
 from .model import MoELoRAModel as MoELoRAModel
-from .routing import RoutingRecord, RoutingSlot, SiteInfo, Tape
-from .sites import layer_of, match_sites, refuse_overlaps
+from .routers.base import Router
+from .routing import RoutingRecord, SiteInfo, Tape
+from .sites import layer_of, match_sites, refuse_overlaps, sharing_key
+from .slot import RoutingSlot
 
 
 def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[str, Any] | str | Path) -> MoELoRAModel:
@@ -49,16 +51,41 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
     refuse_overlaps(matched)
     slot = RoutingSlot()
     # All are built before the first is put in place, so that an error leaves the backbone as it was.
-    containers = {
-        path: build(backbone.get_submodule(path), site, name=path, layer=layer_of(path), slot=slot, group=group)
-        for group, (site, paths) in enumerate(zip(config.sites, matched, strict=True))
-        for path in paths
-    }
+    containers: dict[str, Container] = {}
+    for group, (site, paths) in enumerate(zip(config.sites, matched, strict=True)):
+        containers.update(_build_group(backbone, site, paths, slot, group))
     backbone.requires_grad_(False)
     for path, container in containers.items():
         parent, _, child = path.rpartition(".")
         setattr(backbone.get_submodule(parent), child, container)
     return MoELoRAModel(backbone, config, slot)
+
+
+def _build_group(
+    backbone: PreTrainedModel, site: SiteConfig, paths: list[str], slot: RoutingSlot, group: int
+) -> dict[str, Container]:
+    """The containers of one site configuration, by path; those that share a router are told of each other."""
+    share = "module" if site.router is None else site.router.share
+    shared = {path: sharing_key(path, share) for path in paths}
+    routers: dict[str, Router[Any]] = {}
+    containers: dict[str, Container] = {}
+    for path in paths:
+        key = shared[path]
+        container = build(
+            backbone.get_submodule(path),
+            site,
+            name=path,
+            layer=layer_of(path),
+            slot=slot,
+            group=group,
+            router=routers.get(key),
+            members=[other for other in paths if shared[other] == key],
+            hidden_size=getattr(backbone.config.get_text_config(), "hidden_size", None),
+        )
+        if container.router is not None:
+            routers[key] = container.router
+        containers[path] = container
+    return containers
 
 
 def from_pretrained(

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,7 +22,9 @@ from .config import BackboneConfig, MixtureConfig
 from .errors import ConfigError
 from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
-from .routing import RoutingContext, RoutingSlot
+from .routers.base import Router
+from .routing import RoutingContext
+from .slot import RoutingSlot
 
 
 class MoELoRAModel(PreTrainedModel):
@@ -81,13 +84,31 @@ class MoELoRAModel(PreTrainedModel):
                 groups.setdefault(container.group, []).append(container)
         return groups
 
-    def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by its name in a checkpoint, ``<site>.lora_A`` and so on."""
-        return {
-            f"{name}.{key}": value
-            for name, container in self.containers().items()
-            for key, value in container.adapter_tensors().items()
-        }
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the experts and routers by its name in a checkpoint, ``<site>.lora_A`` and so on.
+
+        Frozen parameters and persistent buffers are among them. What sites share has the name of the first.
+        """
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, container in self.containers().items():
+            for key, value in container.adapter_tensors().items():
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    tensors[f"{name}.{key}"] = value
+        return tensors
+
+    def fit_routers(self) -> None:
+        """Let every router set what follows from the experts of its site without training, such as prototypes.
+
+        Raises:
+            ConfigError: a router fits the experts of one site, but several sites share it.
+        """
+        for name, container in self.containers().items():
+            if container.router is not None and len(container.site.members) <= 1:
+                container.fit_router()
+            elif container.router is not None and type(container.router).fit is not Router.fit:
+                raise ConfigError(f"the router of {name!r} follows from the experts of one site: set share to 'module'")
 
     @property
     def backbone_config(self) -> BackboneConfig:
@@ -100,7 +121,7 @@ class MoELoRAModel(PreTrainedModel):
         lines = []
         for index, site in enumerate(self.mixture.sites):
             members = [c for c in self.containers().values() if c.group == index]
-            count = sum(p.numel() for c in members for p in c.adapter_tensors().values())
+            count = sum(p.numel() for p in {id(p): p for c in members for p in c.adapter_tensors().values()}.values())
             router = site.router.kind if site.router is not None else "always on"
             lines.append(
                 f"{', '.join(site.target)}: {len(members)} sites, {site.experts.num_experts} x {site.experts.kind} "
@@ -125,6 +146,8 @@ class MoELoRAModel(PreTrainedModel):
         task_ids: Tensor | None = None,
         task_types: Tensor | None = None,
         request_ids: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+        phase: str | None = None,
         step_load: StepLoad | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -133,6 +156,7 @@ class MoELoRAModel(PreTrainedModel):
         Args:
             input_ids: (B, S). attention_mask: (B, S), 1 on real tokens. labels: (B, S), -100 where there is no loss.
             task_ids, task_types, request_ids: (B,) for routers and recorders that use them.
+            modality_mask: (B, S) int64, the modality of each token. phase: for methods that train in stages.
             step_load: totals of the optimizer step that this batch is a part of.
             **kwargs: anything else that the backbone takes, such as ``num_items_in_batch``.
 
@@ -144,7 +168,8 @@ class MoELoRAModel(PreTrainedModel):
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         kwargs.update({name: value for name, value in named.items() if value is not None})
         as_tuple = kwargs.pop("return_dict", True) is False
-        routing = {"task_ids": task_ids, "task_types": task_types, "request_ids": request_ids}
+        routing: dict[str, Any] = {"task_ids": task_ids, "task_types": task_types, "request_ids": request_ids}
+        routing |= {"modality_mask": modality_mask, "phase": phase}
         heard: Heard = []
         keep = torch.is_grad_enabled() or labels is not None
         listener = (lambda site, record: heard.append((site, record))) if keep else None
@@ -201,7 +226,13 @@ class MoELoRAModel(PreTrainedModel):
             mask = None
         else:
             mask = mask[:, -length:].bool()  # with a KV cache the mask covers the past as well
-        self.slot.context = replace(before.expand_to(batch), token_mask=mask)
+        context = before.expand_to(batch)
+        modality = context.modality_mask
+        if modality is not None and modality.shape[1] != length:
+            # Generated tokens are text, the modality 0.
+            total = length if kwargs.get("attention_mask") is None else kwargs["attention_mask"].shape[-1]
+            modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, -length:]
+        self.slot.context = replace(context, token_mask=mask, modality_mask=modality)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.slot.context = self._contexts.pop()
@@ -269,7 +300,7 @@ class MoELoRAModel(PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's ``generate`` with experts on; takes ``task_ids`` and the like besides its own arguments."""
-        fields = {name: kwargs.pop(name) for name in RoutingContext.PER_SEQUENCE if name in kwargs}
+        fields = {name: kwargs.pop(name) for name in (*RoutingContext.PER_SEQUENCE, "phase") if name in kwargs}
         with self.routing_context(**fields):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -428,7 +459,8 @@ class MoELoRAModel(PreTrainedModel):
         tensors = self.adapter_tensors()
         if state_dict is None:
             return {name: value.detach() for name, value in tensors.items()}
-        names = {id(value): name for name, value in self.named_parameters()}
+        named = (*self.named_parameters(), *self.named_buffers())
+        names = {id(value): name for name, value in named}
         return {name: state_dict[names[id(value)]].detach() for name, value in tensors.items()}
 
     def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -5,10 +5,9 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, E experts, K picks, R stacke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +26,9 @@ class SiteInfo:
         layer: index of the backbone layer, or ``None`` outside the layers.
         in_features, out_features: width of the hidden states that enter and leave the site.
         ranks: rank of each expert; scales: factor of each expert's update (alpha / r or alpha / sqrt(r)).
+        members: names of the sites that share one router with this one, itself included, in the order of the backbone;
+            empty for a container used by itself.
+        hidden_size: width of the backbone's hidden states, or ``None`` for a container used by itself.
     """
 
     name: str
@@ -35,10 +37,17 @@ class SiteInfo:
     out_features: int
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+    members: tuple[str, ...] = ()
+    hidden_size: int | None = None
 
     @property
     def num_experts(self) -> int:
         return len(self.ranks)
+
+    @property
+    def total_rank(self) -> int:
+        """R, the rank of all experts together."""
+        return sum(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class RoutingContext:
         generator: source of randomness for stochastic routers; ``None`` means the global one.
         load_share: (E,) selections of each expert per real token, measured over a whole optimizer step; the
             load-balance loss takes it in place of this batch's own (see ``step_balance`` of ``trainers/sft.py``).
+        scoring_states: (B, S, H) last hidden states of a forward that came before this one, for routers that look at
+            the whole model (``needs_scoring``).
     """
 
     token_mask: Tensor | None = None
@@ -64,6 +75,7 @@ class RoutingContext:
     phase: str | None = None
     generator: torch.Generator | None = None
     load_share: Tensor | None = None
+    scoring_states: Tensor | None = None
 
     PER_SEQUENCE = ("task_ids", "task_types", "request_ids", "modality_mask")
 
@@ -120,6 +132,41 @@ class RouteInput:
         """What a record keeps of drawn numbers: nothing if the global generator drew them."""
         return None if self.context.generator is None else noise
 
+    def given(self, name: str) -> Tensor:
+        """The field ``name`` of the context, which this router cannot do without.
+
+        Raises:
+            UserError: the caller did not give it; the message says how to.
+        """
+        value: Tensor | None = getattr(self.context, name)
+        if value is None:
+            raise UserError(
+                f"the router of {self.site.name or 'this site'!r} needs {name}: pass model(..., {name}=...), or run "
+                f"inside `with model.routing_context({name}=...)`"
+            )
+        return value
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(...) one value for each token, from one for each sequence (B,) or for each token (B, S).
+
+        Raises:
+            UserError: the values do not fit the batch.
+        """
+        tokens = self.hidden_states.shape[:-1]
+        values = values.to(self.hidden_states.device)
+        if values.shape == tokens:
+            return values
+        if values.dim() == 1 and len(tokens) > 1 and values.shape[0] == tokens[0]:
+            return values.view(-1, *[1] * (len(tokens) - 1)).expand(tokens)
+        count = tokens.numel()
+        if values.numel() and count % values.numel() == 0 and len(tokens) == 1:
+            # Backbones such as OPT make one row of all tokens before their FFN.
+            return values.reshape(-1).repeat_interleave(count // values.numel())
+        raise UserError(
+            f"site {self.site.name!r}: values of the shape {tuple(values.shape)} do not fit tokens of the shape "
+            f"{tuple(tokens)}: give one for each sequence, or one for each token"
+        )
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -135,10 +182,12 @@ class RoutingRecord:
 
     Attributes:
         indices: (..., K) int64, the chosen experts; -1 marks an empty slot; ``None`` means dense.
-        weights: (..., K) for chosen experts, (..., E) when dense, (..., R) at rank level; float32.
-        num_experts: E.
+        weights: (..., K) for the chosen, (..., E) when dense; float32.
+        num_experts: E. At the level of ranks every E here and above means R: each rank is an expert of its own.
         level: whether ``weights`` weigh experts or single ranks.
         logits: (..., E) before, probs: (..., E) after the softmax; log_prob: (...,) of a sampled choice.
+        mix: ``outputs`` weighs what each expert adds, ``sum_e w_e B_e A_e x``; ``factors`` mixes the factors first,
+            ``(sum_e w_e B_e) (sum_e w_e A_e) x``, which needs experts of one rank.
         normalized: the weights of every token sum to 1 by construction; a block site then equals its frozen block bit
             for bit while all updates are zero.
         residual: (...,) weight of the site's own input in the output of a block site (Switch's tokens over capacity).
@@ -150,6 +199,7 @@ class RoutingRecord:
     weights: Tensor
     num_experts: int
     level: Level = "expert"
+    mix: Literal["outputs", "factors"] = "outputs"
     normalized: bool = False
     logits: Tensor | None = None
     probs: Tensor | None = None
@@ -164,13 +214,7 @@ class RoutingRecord:
         return Decision(indices=self.indices, noise=detached)
 
     def dense_weights(self) -> Tensor:
-        """(..., E) float32: the weight of every expert, zero where not chosen.
-
-        Raises:
-            ValueError: the record is at rank level.
-        """
-        if self.level == "rank":
-            raise ValueError("a rank-level record has no expert weights")
+        """(..., E) float32: the weight of every expert, zero where not chosen."""
         if self.indices is None:
             return self.weights
         chosen = self.indices >= 0
@@ -179,9 +223,9 @@ class RoutingRecord:
 
     def gate(self, ranks: Sequence[int]) -> Tensor:
         """(..., R) float32: the rank gate, each expert's weight repeated over its ranks."""
-        if self.level == "rank":
-            return self.weights
         dense = self.dense_weights()
+        if self.level == "rank":
+            return dense
         if len(set(ranks)) == 1:
             return dense.repeat_interleave(ranks[0], dim=-1)
         return dense.repeat_interleave(torch.tensor(ranks, device=dense.device), dim=-1)
@@ -190,12 +234,14 @@ class RoutingRecord:
         """(E,) float64: how often each expert was chosen by real tokens (dense routing: the sum of its weights)."""
         mask = self.mask if mask is None else mask
         with torch.no_grad():
+            real = None if mask is None else mask.unsqueeze(-1).double()
             if self.indices is None:
-                flat = self.dense_weights().reshape(-1, self.num_experts).double()
-                return (flat if mask is None else flat[mask.reshape(-1)]).sum(0)
-            chosen = self.indices if mask is None else self.indices[mask]
-            chosen = chosen.reshape(-1)
-            return torch.bincount(chosen[chosen >= 0], minlength=self.num_experts).double()
+                weights = self.weights.double() if real is None else self.weights.double() * real
+                return weights.reshape(-1, self.num_experts).sum(0)
+            # Not bincount, and no boolean index: both would make a GPU wait for the host.
+            hits = (self.indices >= 0).double() if real is None else (self.indices >= 0) * real
+            counts = hits.new_zeros(self.num_experts)
+            return counts.index_add_(0, self.indices.clamp(min=0).reshape(-1), hits.reshape(-1))
 
     def entropy(self, mask: Tensor | None = None) -> Tensor:
         """Scalar: mean over real tokens of the entropy (nats) of ``probs``, or of the normalised dense weights."""
@@ -207,8 +253,8 @@ class RoutingRecord:
                 dense = self.dense_weights()
                 probs = dense / dense.sum(-1, keepdim=True).clamp_min(torch.finfo(dense.dtype).tiny)
             each = torch.special.entr(probs).sum(-1)
-            kept: Tensor = each if mask is None else each[mask]
-            return kept.mean()
+            mean: Tensor = each.mean() if mask is None else torch.where(mask, each, 0).sum() / mask.sum()
+            return mean
 
 
 @dataclass
@@ -228,122 +274,3 @@ class Tape:
 
     def __len__(self) -> int:
         return len(self.records)
-
-
-Listener = Callable[[SiteInfo, RoutingRecord], None]
-SlotState = tuple[RoutingContext, bool, Mapping[int, float]]
-
-
-class _Frame:
-    """What one checkpointed segment saw and decided, kept so that its recomputation repeats it."""
-
-    def __init__(self, slot: RoutingSlot) -> None:
-        self.slot = slot
-        self.state = slot.state()
-        self.decisions: list[Decision] = []
-
-
-class _Recording(AbstractContextManager[None]):
-    """Around the forward of a segment: its decisions go into the frame."""
-
-    def __init__(self, frame: _Frame) -> None:
-        self.frame = frame
-        self.before: list[_Frame | None] = []
-
-    def __enter__(self) -> None:
-        slot = self.frame.slot
-        self.before.append(slot.frame)
-        self.frame.state = slot.state()
-        slot.frame = self.frame
-
-    def __exit__(self, *error: object) -> None:
-        self.frame.slot.frame = self.before.pop()
-
-
-class _Replaying(AbstractContextManager[None]):
-    """Around a recomputation of a segment, of which there is one for each backward pass over it."""
-
-    def __init__(self, frame: _Frame) -> None:
-        self.frame = frame
-        self.before: list[tuple[Iterator[Decision] | None, SlotState]] = []
-
-    def __enter__(self) -> None:
-        slot = self.frame.slot
-        self.before.append((slot.replay, slot.state()))
-        slot.replay = iter(self.frame.decisions)
-        slot.restore(self.frame.state)
-
-    def __exit__(self, *error: object) -> None:
-        self.frame.slot.replay, state = self.before.pop()
-        self.frame.slot.restore(state)
-
-
-class RoutingSlot:
-    """The place that the containers of one mixture share: current context and switches, listeners, replay.
-
-    A plain object rather than a module global or a context variable: two mixtures never mix, and a recomputation that
-    autograd runs in another thread still finds the forward that it belongs to.
-    """
-
-    def __init__(self) -> None:
-        self.context = RoutingContext()
-        self.enabled = True
-        self.expert_scale: Mapping[int, float] = {}
-        self.listeners: list[Listener] = []
-        self.frame: _Frame | None = None
-        self.replay: Iterator[Decision] | None = None
-
-    def __deepcopy__(self, memo: dict[int, object]) -> RoutingSlot:
-        copy = memo[id(self)] = RoutingSlot()
-        return copy
-
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    def next_replay(self) -> Decision | None:
-        """The decision to repeat, or ``None`` in an ordinary forward."""
-        return None if self.replay is None else next(self.replay)
-
-    def state(self) -> SlotState:
-        """What a recomputation must find as the forward did."""
-        return self.context, self.enabled, self.expert_scale
-
-    def restore(self, state: SlotState) -> None:
-        """Make :meth:`state` what it was."""
-        self.context, self.enabled, self.expert_scale = state
-
-    def publish(self, site: SiteInfo, record: RoutingRecord) -> None:
-        """Hand a fresh record to the listeners; in a recomputation nothing is published."""
-        if self.replay is not None:
-            return
-        if self.frame is not None:
-            self.frame.decisions.append(record.decision())
-        for listener in self.listeners:
-            listener(site, record)
-
-    @contextmanager
-    def using(self, context: RoutingContext | None = None, listener: Listener | None = None) -> Iterator[Self]:
-        """Within the block ``context`` holds and ``listener`` hears every record."""
-        before = self.context
-        if context is not None:
-            self.context = context
-        if listener is not None:
-            self.listeners.append(listener)
-        try:
-            yield self
-        finally:
-            self.context = before
-            if listener is not None:
-                self.listeners.remove(listener)
-
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: record the segment, then replay it.
-
-        The recomputation sees the context and the switches of the forward that it repeats, takes that forward's
-        decisions, and publishes nothing, so that losses, counts and controllers hear every token once.
-        """
-        frame = _Frame(self)
-        return _Recording(frame), _Replaying(frame)

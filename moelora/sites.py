@@ -52,6 +52,13 @@ def layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+def sharing_key(path: str, share: str) -> str:
+    """Sites of one configuration with the same key have one router; ``share`` as in ``RouterConfig``."""
+    if share == "parent":
+        return path.rpartition(".")[0]
+    return {"module": path, "layer": str(layer_of(path)), "all": ""}[share]
+
+
 def refuse_overlaps(matched: list[list[str]]) -> None:
     """Check that no module is claimed by two site configurations, or lies inside a module that is claimed.
 

@@ -5,7 +5,8 @@ Shapes: D in, E experts, K picks.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Pluggable
-from ..routing import RouteInput, RoutingContext, RoutingRecord, SiteInfo
+from ..routing import Level, RouteInput, RoutingContext, RoutingRecord, SiteInfo
 from .losses import load_balance, router_z
 
 
 class RouterConfig(Pluggable):
-    """Options that a router brings; subclasses add fields and set the default of ``kind``."""
+    """Options that a router brings; subclasses add fields and set the default of ``kind``.
 
-    def check(self, num_experts: int) -> None:
-        """Raise ``ValueError`` where the options do not fit ``num_experts`` experts."""
+    Attributes:
+        share: which sites of one site configuration have a router in common: each ``module`` has its own, those of one
+            ``parent`` module (an attention), those of one ``layer``, or ``all`` of them. They must agree in width.
+    """
+
+    share: Literal["module", "parent", "layer", "all"] = "module"
+
+    def check(self, num_experts: int, total_rank: int) -> None:
+        """Raise ``ValueError`` where the options do not fit so many experts with so many ranks together."""
 
     def coefficients(self) -> dict[str, float]:
         """Factor of each loss that :meth:`Router.losses` returns, by name."""
@@ -36,15 +44,27 @@ class Router(nn.Module, Generic[ConfigT]):
 
     A subclass writes :meth:`route`, and :meth:`losses` if it has any. ``route`` is pure: given its input and the
     generator it always decides the same, it writes no buffer, it leaves its input alone, and it computes in float32.
+    Persistent buffers are saved with the parameters.
+
+    Attributes:
+        level: whether the router weighs experts or single ranks.
+        weighs: what the weights of a block site multiply. ``updates``: ``f_0 + sum_e w_e (f_e - f_0)`` with f_0 the
+            frozen block, as every method for linears means it; ``outputs``: ``sum_e w_e f_e``, as MixLoRA means it. At
+            a linear site, and wherever the weights of a token sum to 1, the two are one.
+        needs_activations: the router looks at ``x @ lora_A.T``, which is then computed before it; linear sites only.
+        needs_scoring: the router looks at the last hidden states of a forward that comes first (``scoring_states``).
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type[RouterConfig]]
+    level: ClassVar[Level] = "expert"
+    weighs: ClassVar[Literal["updates", "outputs"]] = "updates"
     needs_activations: ClassVar[bool] = False
+    needs_scoring: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, site: SiteInfo) -> None:
         super().__init__()
-        config.check(site.num_experts)
+        config.check(site.num_experts, site.total_rank)
         self.config: ConfigT = config
         self.site = site
 
@@ -60,8 +80,29 @@ class Router(nn.Module, Generic[ConfigT]):
         """(E,) float64: how often real tokens picked each expert, as the load-balance loss counts it."""
         return record.counts()
 
+    @property
+    def num_units(self) -> int:
+        """How many weights a token has: E, or R for a router of single ranks."""
+        return self.site.num_experts if self.level == "expert" else self.site.total_rank
+
     def on_step_end(self, load: Tensor) -> None:
-        """Called once per optimizer step with the step's (E,) selection counts of real tokens, summed over ranks."""
+        """Called once per optimizer step with the step's selection counts of real tokens.
+
+        Args:
+            load: (num_units,) float64, summed over micro-batches, data-parallel ranks, and the sites that share this
+                router.
+        """
+
+    def fit(self, lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int]) -> None:
+        """Set what follows from the experts of the site, without training.
+
+        Args:
+            lora_A: (R, D), lora_B: (O, R) the stacked experts; ranks: rank of each.
+        """
+
+    def constant_weights(self, context: RoutingContext) -> Tensor | None:
+        """(E,) float32 weights that are the same for every token, so that the experts can be merged; else ``None``."""
+        return None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters; a ``generator`` on the CPU makes them reproducible on any device."""

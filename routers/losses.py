@@ -11,21 +11,28 @@ from torch import Tensor
 from ..routing import RoutingContext, RoutingRecord
 
 
-def pooled(records: list[RoutingRecord], values: list[Tensor]) -> Tensor:
-    """Rows of real tokens of every record, one below the other.
+def total(record: RoutingRecord, values: Tensor) -> Tensor:
+    """(C,) sum over the record's real tokens of values (..., C), without a host sync."""
+    if record.mask is not None:
+        values = torch.where(record.mask.unsqueeze(-1), values, 0)
+    return values.reshape(-1, values.shape[-1]).sum(0)
 
-    Args:
-        values: for each record a tensor (..., C) whose leading axes are those of the record's tokens.
 
-    Returns:
-        (N, C) with N real tokens over all records; may be empty.
-    """
-    return torch.cat(
-        [
-            value.reshape(-1, value.shape[-1]) if record.mask is None else value[record.mask]
-            for record, value in zip(records, values, strict=True)
-        ]
-    )
+def rows(records: list[RoutingRecord]) -> Tensor:
+    """Scalar float64: real tokens of all records, at least 1."""
+    counts = [
+        torch.tensor(float(record.weights[..., 0].numel()), dtype=torch.float64, device=record.weights.device)
+        if record.mask is None
+        else record.mask.sum().double()
+        for record in records
+    ]
+    return torch.stack(counts).sum().clamp(min=1)
+
+
+def pooled_mean(records: list[RoutingRecord], values: list[Tensor]) -> Tensor:
+    """(C,) mean over the real tokens of all records of values (..., C), one tensor for each record."""
+    sums = [total(record, value) for record, value in zip(records, values, strict=True)]
+    return torch.stack(sums).sum(0) / rows(records).to(sums[0].dtype)
 
 
 def load_balance(records: list[RoutingRecord], context: RoutingContext) -> Tensor:
@@ -38,19 +45,11 @@ def load_balance(records: list[RoutingRecord], context: RoutingContext) -> Tenso
     Source: TUDB-Labs/MoE-PEFT 40f8cb7; Fedus et al. 2021 (arXiv 2101.03961), equations 4-6.
     """
     num_experts = records[0].num_experts
-    probs_NE = pooled(records, [_required(record.probs) for record in records])
+    mean_E = pooled_mean(records, [required(record.probs) for record in records])
     share_E = context.load_share
     if share_E is None:
-        chosen_NK = pooled(records, [_required(record.indices) for record in records])
-        share_E = selections_per_token(chosen_NK, num_experts)
-    return num_experts * torch.dot(share_E.to(probs_NE), probs_NE.sum(0) / max(probs_NE.shape[0], 1))
-
-
-def selections_per_token(chosen_NK: Tensor, num_experts: int) -> Tensor:
-    """(E,) float64: how many of the N rows chose each expert, divided by N. Slots marked -1 are empty."""
-    flat = chosen_NK.reshape(-1)
-    counts = torch.bincount(flat[flat >= 0], minlength=num_experts).double()
-    return counts / max(chosen_NK.shape[0], 1)
+        share_E = torch.stack([record.counts() for record in records]).sum(0) / rows(records)
+    return num_experts * torch.dot(share_E.to(mean_E), mean_E)
 
 
 def router_z(records: list[RoutingRecord]) -> Tensor:
@@ -58,10 +57,11 @@ def router_z(records: list[RoutingRecord]) -> Tensor:
 
     Source: Zoph et al. 2022 (arXiv 2202.08906), equation 5.
     """
-    logits_NE = pooled(records, [_required(record.logits) for record in records])
-    return torch.logsumexp(logits_NE, dim=-1).square().sum() / max(logits_NE.shape[0], 1)
+    squares = [torch.logsumexp(required(record.logits), dim=-1, keepdim=True).square() for record in records]
+    return pooled_mean(records, squares).squeeze(0)
 
 
-def _required(value: Tensor | None) -> Tensor:
+def required(value: Tensor | None) -> Tensor:
+    """The field of a record that a loss cannot do without."""
     assert value is not None, "this loss needs records with logits, probs and indices"
     return value

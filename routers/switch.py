@@ -40,6 +40,7 @@ class SwitchRouter(LinearRouter[SwitchConfig]):
     """Weights (..., 1) = the largest probability; over capacity the index is -1 and the probability is ``residual``."""
 
     Config = SwitchConfig
+    weighs = "outputs"
 
     def choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
         return self._admit(top_indices(scores, 1), context.token_mask)

@@ -29,11 +29,8 @@ class TopKConfig(LinearRouterConfig):
     top_k: Annotated[int, Field(ge=1)] = 2
     normalize: bool = True
 
-    def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(
-                f"router.top_k is {self.top_k} but there are {num_experts} experts: choose 1..{num_experts}"
-            )
+    def check(self, num_experts: int, total_rank: int) -> None:
+        check_top_k(self.top_k, num_experts)
 
 
 @ROUTERS.register("topk", "mixlora")
@@ -41,6 +38,7 @@ class TopKRouter(LinearRouter[TopKConfig]):
     """Weights (..., K) = top-k of softmax(x W^T), divided by their sum; losses ``load_balance`` and ``router_z``."""
 
     Config = TopKConfig
+    weighs = "outputs"
 
     @property
     def sums_to_one(self) -> bool:
@@ -48,6 +46,12 @@ class TopKRouter(LinearRouter[TopKConfig]):
 
     def choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
         return top_indices(scores, self.config.top_k)
+
+
+def check_top_k(top_k: int, count: int, what: str = "experts") -> None:
+    """Raise ``ValueError`` where ``top_k`` exceeds ``count``; ``what`` is counted."""
+    if top_k > count:
+        raise ValueError(f"router.top_k is {top_k} but there are {count} {what}: choose 1..{count}")
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:

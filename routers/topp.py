@@ -38,6 +38,7 @@ class TopPRouter(LinearRouter[TopPConfig]):
     """Weights (..., E), most probable first; slots that are not kept have index -1 and weight 0."""
 
     Config = TopPConfig
+    weighs = "outputs"
 
     @property
     def sums_to_one(self) -> bool:

@@ -96,7 +96,7 @@ def find_targets(backbone: nn.Module) -> Targets:
 
 def trainable_parameters(model: MoELoRAModel) -> int:
     """Number of trained parameters."""
-    return sum(tensor.numel() for tensor in model.adapter_tensors().values())
+    return sum(tensor.numel() for tensor in model.adapter_tensors().values() if tensor.requires_grad)
 
 
 def equal_rank(backbone: nn.Module, site: SiteConfig, parameters: int) -> int:

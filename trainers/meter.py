@@ -16,7 +16,8 @@ from torch import Tensor
 from ..experts.container import Container
 from ..mixture import MoELoRAModel
 from ..routers.base import Router
-from ..routing import RoutingRecord, RoutingSlot, SiteInfo
+from ..routing import RoutingRecord, SiteInfo
+from ..slot import RoutingSlot
 
 Count = Callable[[Router[Any], RoutingRecord], Tensor]
 
@@ -76,7 +77,8 @@ class LoadMeter:
         device = next(iter(self.counts.values())).device if self.counts else torch.device("cpu")
         parts = []
         for name, container in self._containers.items():
-            zero = torch.zeros(container.site.num_experts, dtype=torch.float64, device=device)
+            assert container.router is not None
+            zero = torch.zeros(container.router.num_units, dtype=torch.float64, device=device)
             parts += [self.counts.get(name, zero), self.rows.get(name, zero[0]).reshape(1)]
         pieces = total(torch.cat(parts)).split([part.numel() for part in parts])
         for index, name in enumerate(self._containers):

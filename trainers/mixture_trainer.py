@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from ..errors import ConfigError, TrainingError
 from ..mixture import MoELoRAModel, StepLoad
+from ..routers.base import Router
 from ..routing import RoutingRecord, SiteInfo
 from .checkpointing import CheckpointingTrainer
 from .finite import bad_gradients, first_non_finite
@@ -203,9 +204,13 @@ class MixtureTrainer(CheckpointingTrainer):
         """Controllers, and the step's load into the window."""
         step = self._step_load_meter
         step.reduce(self._sum)
+        loads: dict[Router[Any], Tensor] = {}  # a router that sites share steps once
         for name, container in self.model.containers().items():
             if container.router is not None:
-                container.router.on_step_end(step.counts[name])
+                before = loads.get(container.router)
+                loads[container.router] = step.counts[name] if before is None else before + step.counts[name]
+        for router, load in loads.items():
+            router.on_step_end(load)
         self.load.add(step)
         step.clear()
         self._window.weight += 1

@@ -63,7 +63,7 @@ class RoutingRecorder:
             self._context, self._task_B = context, self._tasks(context)
         counts = self._sites.get(site.name)
         if counts is None:
-            counts = _SiteCounts(site, len(self.task_names) + 1, record.weights.device)
+            counts = _SiteCounts(site, record.num_experts, len(self.task_names) + 1, record.weights.device)
             self._sites[site.name] = counts
         counts.add(record, self._task_B)
 
@@ -107,26 +107,25 @@ class RoutingRecorder:
 
 
 class _SiteCounts:
-    """The running totals of one site; the last row of tasks is for tokens without one."""
+    """The running totals of one site, whose experts may be single ranks; the last row is for tokens without a task."""
 
-    def __init__(self, site: SiteInfo, rows: int, device: torch.device) -> None:
+    def __init__(self, site: SiteInfo, experts: int, rows: int, device: torch.device) -> None:
         self.site = site
-        self.load_NE = torch.zeros(rows, site.num_experts, dtype=torch.float64, device=device)
+        self.experts = experts
+        self.load_NE = torch.zeros(rows, experts, dtype=torch.float64, device=device)
         self.tokens_N = torch.zeros(rows, dtype=torch.float64, device=device)
         self.entropy = torch.zeros((), dtype=torch.float64, device=device)
         self.margin = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, record: RoutingRecord, task_B: Tensor | None) -> None:
         """Count one record: without a host sync, so that recording does not stall a GPU."""
-        experts = self.site.num_experts
+        experts = self.experts
         tokens = record.weights.shape[:-1].numel()
         real_T = self._real(record, tokens)
         row_T = self._rows(record, task_B, tokens)
         self.tokens_N.index_add_(0, row_T, real_T)
         weights_TE = None
-        if record.level == "rank":
-            weights_TE = self._fold_ranks(record.weights.reshape(tokens, -1))
-        elif record.indices is None:
+        if record.indices is None:
             weights_TE = record.weights.reshape(tokens, experts).double()
         if weights_TE is not None:
             self.load_NE.index_add_(0, row_T, weights_TE * real_T.unsqueeze(1))
@@ -152,11 +151,6 @@ class _SiteCounts:
             return torch.full((tokens,), self.tokens_N.numel() - 1, device=device)
         return task_B.to(device).repeat_interleave(tokens // task_B.numel(), output_size=tokens)
 
-    def _fold_ranks(self, weights_TR: Tensor) -> Tensor:
-        """(T, E) how strongly each expert's ranks are switched on."""
-        parts = weights_TR.abs().double().split(list(self.site.ranks), dim=-1)
-        return torch.stack([part.sum(-1) for part in parts], dim=-1)
-
     def _add_confidence(self, probs_TE: Tensor, real_T: Tensor) -> None:
         self.entropy += (torch.special.entr(probs_TE).sum(-1) * real_T).sum()
         best = probs_TE.topk(min(2, probs_TE.shape[-1]), dim=-1).values
@@ -164,7 +158,7 @@ class _SiteCounts:
 
     def result(self, rows: list[int]) -> SiteStats:
         tokens = max(float(self.tokens_N.sum()), 1.0)
-        most = math.log(self.site.num_experts) or 1.0
+        most = math.log(self.experts) or 1.0
         load = self.load_NE[rows].tolist()
         return SiteStats(
             name=self.site.name,

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__, files
-from ..config import FORMAT_VERSION, BackboneConfig, Closed, MixtureConfig, SiteConfig
+from ..config import FORMAT_VERSION, BackboneConfig, Closed, MixtureConfig
 from ..errors import CheckpointError
 from . import manifest
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored
@@ -208,7 +208,7 @@ def default_card(content: Content) -> str:
 def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) -> None:
     """Refuse a configuration that would allocate more than the file has numbers for."""
     for index, (site, names) in enumerate(zip(config.mixture.sites, config.sites, strict=True)):
-        stacked = stacked_rank(site)
+        stacked = site.experts.total_rank
         own = tuple(f"{name}." for name in names)
         found = max((max(shape, default=0) for key, shape in shapes.items() if key.startswith(own)), default=0)
         if stacked > found:
@@ -216,9 +216,3 @@ def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) 
                 f"{path}: mixture.sites.{index}.experts: num_experts and r ask for a stacked rank of {stacked}, but no "
                 f"tensor of these sites in {TENSORS} is longer than {found}; the file was edited: restore it"
             )
-
-
-def stacked_rank(site: SiteConfig) -> int:
-    """Sum of the ranks of all experts, without building a list of them."""
-    experts = site.experts
-    return int(sum(experts.r) if isinstance(experts.r, list) else experts.r * experts.num_experts)

@@ -142,7 +142,8 @@ def test_a_name_given_twice(model: MoELoRAModel) -> None:
 
 
 def counts(record: RoutingRecord, ranks: tuple[int, ...]) -> _SiteCounts:
-    total = _SiteCounts(SiteInfo("s", 0, 8, 8, ranks, (1.0,) * len(ranks)), 1, torch.device("cpu"))
+    site = SiteInfo("s", 0, 8, 8, ranks, (1.0,) * len(ranks))
+    total = _SiteCounts(site, record.num_experts, 1, torch.device("cpu"))
     total.add(record, None)
     return total
 
@@ -164,10 +165,11 @@ def test_empty_slots() -> None:
     assert float(total.margin) == pytest.approx(1.5)
 
 
-def test_rank_level_routing_counts_the_ranks_of_each_expert() -> None:
-    weights = torch.tensor([[0.5, -0.5, 0.0], [1.0, 0.0, 2.0]])
-    total = counts(RoutingRecord(None, weights, 2, level="rank"), (2, 1))
-    assert total.load_NE.tolist() == [[2.0, 2.0]]
+def test_at_the_level_of_ranks_each_rank_counts_as_an_expert() -> None:
+    weights = torch.tensor([[0.5, 0.5], [1.0, 2.0]])
+    indices = torch.tensor([[0, 1], [0, 2]])
+    total = counts(RoutingRecord(indices, weights, 3, level="rank"), (2, 1))
+    assert total.load_NE.tolist() == [[2.0, 1.0, 1.0]]
 
 
 def test_a_backbone_that_makes_one_row_of_all_tokens() -> None:

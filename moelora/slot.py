@@ -1,0 +1,127 @@
+"""The place that the containers of one mixture share, and how a recomputation finds what its forward found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Self
+
+from .routing import Decision, RoutingContext, RoutingRecord, SiteInfo
+
+Listener = Callable[[SiteInfo, RoutingRecord], None]
+SlotState = tuple[RoutingContext, bool, Mapping[int, float]]
+
+
+class _Frame:
+    """What one checkpointed segment saw and decided, kept so that its recomputation repeats it."""
+
+    def __init__(self, slot: RoutingSlot) -> None:
+        self.slot = slot
+        self.state = slot.state()
+        self.decisions: list[Decision] = []
+
+
+class _Recording(AbstractContextManager[None]):
+    """Around the forward of a segment: its decisions go into the frame."""
+
+    def __init__(self, frame: _Frame) -> None:
+        self.frame = frame
+        self.before: list[_Frame | None] = []
+
+    def __enter__(self) -> None:
+        slot = self.frame.slot
+        self.before.append(slot.frame)
+        self.frame.state = slot.state()
+        slot.frame = self.frame
+
+    def __exit__(self, *error: object) -> None:
+        self.frame.slot.frame = self.before.pop()
+
+
+class _Replaying(AbstractContextManager[None]):
+    """Around a recomputation of a segment, of which there is one for each backward pass over it."""
+
+    def __init__(self, frame: _Frame) -> None:
+        self.frame = frame
+        self.before: list[tuple[Iterator[Decision] | None, SlotState]] = []
+
+    def __enter__(self) -> None:
+        slot = self.frame.slot
+        self.before.append((slot.replay, slot.state()))
+        slot.replay = iter(self.frame.decisions)
+        slot.restore(self.frame.state)
+
+    def __exit__(self, *error: object) -> None:
+        self.frame.slot.replay, state = self.before.pop()
+        self.frame.slot.restore(state)
+
+
+class RoutingSlot:
+    """The place that the containers of one mixture share: current context and switches, listeners, replay.
+
+    A plain object rather than a module global or a context variable: two mixtures never mix, and a recomputation that
+    autograd runs in another thread still finds the forward that it belongs to.
+    """
+
+    def __init__(self) -> None:
+        self.context = RoutingContext()
+        self.enabled = True
+        self.expert_scale: Mapping[int, float] = {}
+        self.listeners: list[Listener] = []
+        self.frame: _Frame | None = None
+        self.replay: Iterator[Decision] | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RoutingSlot:
+        copy = memo[id(self)] = RoutingSlot()
+        return copy
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def next_replay(self) -> Decision | None:
+        """The decision to repeat, or ``None`` in an ordinary forward."""
+        return None if self.replay is None else next(self.replay)
+
+    def state(self) -> SlotState:
+        """What a recomputation must find as the forward did."""
+        return self.context, self.enabled, self.expert_scale
+
+    def restore(self, state: SlotState) -> None:
+        """Make :meth:`state` what it was."""
+        self.context, self.enabled, self.expert_scale = state
+
+    def publish(self, site: SiteInfo, record: RoutingRecord) -> None:
+        """Hand a fresh record to the listeners; in a recomputation nothing is published."""
+        if self.replay is not None:
+            return
+        if self.frame is not None:
+            self.frame.decisions.append(record.decision())
+        for listener in self.listeners:
+            listener(site, record)
+
+    @contextmanager
+    def using(self, context: RoutingContext | None = None, listener: Listener | None = None) -> Iterator[Self]:
+        """Within the block ``context`` holds and ``listener`` hears every record."""
+        before = self.context
+        if context is not None:
+            self.context = context
+        if listener is not None:
+            self.listeners.append(listener)
+        try:
+            yield self
+        finally:
+            self.context = before
+            if listener is not None:
+                self.listeners.remove(listener)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: record the segment, then replay it.
+
+        The recomputation sees the context and the switches of the forward that it repeats, takes that forward's
+        decisions, and publishes nothing, so that losses, counts and controllers hear every token once.
+        """
+        frame = _Frame(self)
+        return _Recording(frame), _Replaying(frame)
