@@ -79,8 +79,8 @@ def _mixed(low: Tensor, gate: Gate) -> Tensor:
     weights, rank = gate.per_unit(), gate.ranks[0]
     assert weights is not None and len(set(gate.ranks)) == 1, "factors of different ranks cannot be mixed"
     each = low.unflatten(-1, (len(gate.ranks), rank)) * weights.unsqueeze(-1).to(low.dtype)
-    mixed = each.sum(-2, keepdim=True).expand_as(each)
-    return mixed.flatten(-2)
+    mixed: Tensor = each.sum(-2, keepdim=True).expand_as(each).flatten(-2)
+    return mixed
 
 
 def reference(out: Tensor, hidden: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Gate) -> Tensor:
