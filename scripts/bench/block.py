@@ -1,7 +1,6 @@
 """Time a training step of an FFN block with routed LoRA experts against the frozen block and other implementations.
 
-All variants run interleaved in one process: a machine that other work slows down slows them all, so the ratios hold
-where the times do not. Every variant computes forward and backward with the block's own weights frozen and a gradient
+Every variant computes forward and backward with the block's own weights frozen and a gradient
 for its input, which is what a layer in the middle of a model does.
 
 Shapes: T tokens, D width of the block, E experts, K picks, r rank of an expert.
@@ -11,19 +10,14 @@ Example: python scripts/bench/block.py --threads 2 --shape smollm2
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from common import Ratio, interleave, kept_for_backward, make_parser, parse, report, step, worst_difference
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -38,20 +32,18 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of one variant at one shape; ratios are of a step to the frozen block's step of the same round.
+    """Figures of one variant at one shape.
 
     Attributes:
-        ratio: median. low, high: quartiles. to_loop: median ratio to the loop over experts instead.
+        to_frozen, to_loop: ratio of a step to one of the frozen block, and of the loop over experts.
         seconds: median time of a step. kept_mib: what the forward pass keeps for the backward pass, weights not
             counted.
     """
 
     shape: str
     variant: str
-    ratio: float
-    low: float
-    high: float
-    to_loop: float
+    to_frozen: Ratio
+    to_loop: Ratio
     seconds: float
     kept_mib: float
 
@@ -127,32 +119,6 @@ def make_peft(width: int, inner: int) -> nn.Module | None:
     return wrapped["mlp"].train()
 
 
-def step(block: nn.Module, x_TD: Tensor, d_out_TD: Tensor) -> Tensor:
-    """Forward and backward; gradients of the last step are dropped first, as an optimizer does."""
-    block.zero_grad(set_to_none=True)
-    x_TD.grad = None
-    out: Tensor = block(x_TD)
-    out.backward(d_out_TD)
-    return out
-
-
-def kept_for_backward(block: nn.Module, x_TD: Tensor) -> float:
-    """MiB that the forward pass keeps for the backward pass, weights not counted, each storage once."""
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = block(x_TD)
-    assert out.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2**20
-
-
 def check(ours: BlockContainer, loop: LoopBlock, x_TD: Tensor, d_out_TD: Tensor) -> float:
     """Largest relative difference of outputs and gradients among our two implementations and the loop.
 
@@ -172,11 +138,7 @@ def check(ours: BlockContainer, loop: LoopBlock, x_TD: Tensor, d_out_TD: Tensor)
         pieces = [p.grad for p in loop.lora[name]]
         grads += [torch.cat(pieces[0::2], dim=0), torch.cat(pieces[1::2], dim=1)]
     found.append([out, x_TD.grad.clone(), loop.router.grad.clone(), *grads])
-    worst = max(
-        float((a - b).abs().max() / b.abs().max()) for other in found[:2] for a, b in zip(other, found[2], strict=True)
-    )
-    assert worst < 1e-4, f"the implementations disagree by {worst:.1e}: do not trust their times"
-    return worst
+    return max(worst_difference(other, found[2]) for other in found[:2])
 
 
 def measure(shape: str, rounds: int, console: Console) -> list[Result]:
@@ -193,59 +155,35 @@ def measure(shape: str, rounds: int, console: Console) -> list[Result]:
     d_out_TD = torch.randn(tokens, width)
     worst = check(ours, loop, x_TD, d_out_TD)
     console.print(f"{shape}: {width}/{inner}, T={tokens}: implementations agree to {worst:.0e}")
-    for block in variants.values():
-        step(block, x_TD, d_out_TD)
     kept = {name: kept_for_backward(block, x_TD) for name, block in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    gc.disable()
-    for _ in track(range(rounds), description=shape, console=console, transient=True):
-        for name, block in variants.items():
-            times[name].append(timed(lambda block=block: step(block, x_TD, d_out_TD)))
-    gc.enable()
-    return [summary(shape, name, times, kept[name]) for name in variants]
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that ``run`` takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def summary(shape: str, name: str, times: dict[str, list[float]], kept: float) -> Result:
-    """Median and quartiles of the ratios, round by round."""
-    own = times[name]
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(own, times["frozen block"], strict=True)], n=4)
-    to_loop = statistics.median(a / b for a, b in zip(own, times["loop over experts"], strict=True))
-    return Result(shape, name, middle, low, high, to_loop, statistics.median(own), kept)
+    runs = {name: partial(step, block, x_TD, d_out_TD) for name, block in variants.items()}
+    times = interleave(runs, rounds, shape, console)
+    return [
+        Result(
+            shape,
+            name,
+            Ratio.of(own, times["frozen block"]),
+            Ratio.of(own, times["loop over experts"]),
+            statistics.median(own),
+            kept[name],
+        )
+        for name, own in times.items()
+    ]
 
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds, at least 2 (%(default)s)")
+    parser = make_parser(__doc__, rounds=30)
     parser.add_argument("--shape", choices=list(SHAPES), help="one shape instead of all")
-    parser.add_argument("--json", action="store_true", help="print JSON on standard output instead of a table")
-    args = parser.parse_args()
-    if args.rounds < 2 or args.threads < 1:
-        parser.error("--rounds takes 2 or more, --threads 1 or more")
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     console = Console(stderr=True)
     results = [r for shape in SHAPES if args.shape in (None, shape) for r in measure(shape, args.rounds, console)]
-    if args.json:
-        print(json.dumps({"threads": args.threads, "rounds": args.rounds, "results": [asdict(r) for r in results]}))
-        return
-    table = Table(
-        title=f"A training step, E={EXPERTS} K={TOP_K} r={RANK}, {args.threads} threads, {args.rounds} rounds"
-    )
-    for heading in ("shape", "variant", "step / frozen", "quartiles", "step / loop", "ms", "kept MiB"):
-        table.add_column(heading, justify="left" if heading in ("shape", "variant") else "right")
-    for r in results:
-        spread = f"{r.low:.2f}–{r.high:.2f}"
-        figures = (f"{r.to_loop:.2f}", f"{1e3 * r.seconds:.1f}", f"{r.kept_mib:.1f}")
-        table.add_row(r.shape, r.variant, f"{r.ratio:.2f}", spread, *figures)
-    Console().print(table)
+    rows = [
+        [r.shape, r.variant, str(r.to_frozen), str(r.to_loop), f"{1e3 * r.seconds:.1f}", f"{r.kept_mib:.1f}"]
+        for r in results
+    ]
+    title = f"A training step, E={EXPERTS} K={TOP_K} r={RANK}"
+    report(title, ("shape", "variant", "step / frozen", "step / loop", "ms", "kept MiB"), rows, args, results)
 
 
 if __name__ == "__main__":
