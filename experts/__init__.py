@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import EXPERTS
-from . import lora
+from . import frozen, lora
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
 from .build import build
@@ -22,6 +22,7 @@ __all__ = [
     "ExpertsConfig",
     "LinearContainer",
     "build",
+    "frozen",
     "get",
     "is_linear",
     "lora",
