@@ -231,7 +231,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
 
 def card_names() -> list[str]:
     """Names of the model cards that ship with moelora."""
-    return sorted(path.stem for path in _cards_folder().glob("*.yaml"))
+    return sorted(path.stem for path in cards_folder().glob("*.yaml"))
 
 
 def card_recipe(name: str) -> dict[str, Any]:
@@ -246,13 +246,14 @@ def card_recipe(name: str) -> dict[str, Any]:
             f"{name!r} is neither a recipe file (.yaml, .json) nor a model card: cards are {', '.join(names)}"
             f"{closest(name, names)}"
         )
-    recipe = read_mapping(_cards_folder() / f"{name}.yaml").get("recipe")
+    recipe = read_mapping(cards_folder() / f"{name}.yaml").get("recipe")
     if not isinstance(recipe, dict):
         raise ConfigError(f"model card {name!r} has no recipe")
     return recipe
 
 
-def _cards_folder() -> Path:
+def cards_folder() -> Path:
+    """Where the model cards lie."""
     from . import model_cards
 
     return Path(next(iter(model_cards.__path__)))

@@ -71,6 +71,11 @@ class Registry(Generic[T]):
                 f"unknown {self.what} {name!r}: known are {', '.join(names)}{closest(str(name), names)}"
             ) from None
 
+    def aliases(self, name: str) -> list[str]:
+        """The other names of the class registered as ``name``, sorted."""
+        import_module(self._home)
+        return sorted(alias for alias, target in self._aliases.items() if target == name)
+
     def create(self, name: str, *args: Any, **kwargs: Any) -> T:
         """An instance of the class registered under ``name``."""
         return self.get(name)(*args, **kwargs)

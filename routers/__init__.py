@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from ..registry import ROUTERS
 from . import switch, topk, topp
-from .base import LinearRouter, Router, RouterConfig
+from .base import LinearRouter, LinearRouterConfig, Router, RouterConfig
 
 names = ROUTERS.names
 get = ROUTERS.get
 
-__all__ = ["ROUTERS", "LinearRouter", "Router", "RouterConfig", "get", "names", "switch", "topk", "topp"]
+__all__ = [
+    "ROUTERS",
+    "LinearRouter",
+    "LinearRouterConfig",
+    "Router",
+    "RouterConfig",
+    "get",
+    "names",
+    "switch",
+    "topk",
+    "topp",
+]

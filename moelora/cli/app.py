@@ -27,6 +27,7 @@ from .info import info
 from .quickstart import quickstart
 from .schema import schema
 from .train import train
+from .zoo import zoo
 
 app = typer.Typer(
     name="moelora",
@@ -47,6 +48,7 @@ app.command()(info)
 app.command()(convert)
 app.command()(schema)
 app.command()(env)
+app.add_typer(zoo, name="zoo")
 
 
 def _print_version(wanted: bool) -> None:
