@@ -24,6 +24,7 @@ from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
 from .routers.base import Router
 from .routing import RoutingContext
+from .scoring import ScoringPass
 from .slot import RoutingSlot
 
 
@@ -56,6 +57,7 @@ class MoELoRAModel(PreTrainedModel):
         ignored = list(getattr(self.config, "keys_to_ignore_at_inference", ["past_key_values"]))
         self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
         self._contexts: list[RoutingContext] = []
+        self._scoring = ScoringPass.of(backbone, slot, self.containers())
         stacks: list[Any] = [backbone]
         if self.config.is_encoder_decoder:  # each stack has a padding mask of its own
             stacks += [backbone.get_encoder(), backbone.get_decoder()]
@@ -232,9 +234,14 @@ class MoELoRAModel(PreTrainedModel):
             # Generated tokens are text, the modality 0.
             total = length if kwargs.get("attention_mask") is None else kwargs["attention_mask"].shape[-1]
             modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, -length:]
-        self.slot.context = replace(context, token_mask=mask, modality_mask=modality)
+        context = replace(context, token_mask=mask, modality_mask=modality)
+        if self._scoring is not None and self.slot.enabled:
+            context = self._scoring.before(context, args, kwargs)
+        self.slot.context = context
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._scoring is not None:
+            self._scoring.after(output)
         self.slot.context = self._contexts.pop()
 
     @contextmanager
@@ -301,7 +308,7 @@ class MoELoRAModel(PreTrainedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's ``generate`` with experts on; takes ``task_ids`` and the like besides its own arguments."""
         fields = {name: kwargs.pop(name) for name in (*RoutingContext.PER_SEQUENCE, "phase") if name in kwargs}
-        with self.routing_context(**fields):
+        with self.routing_context(**fields), self.slot.keeping():
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Self
+
+from torch import Tensor
 
 from .routing import Decision, RoutingContext, RoutingRecord, SiteInfo
 
@@ -116,6 +119,21 @@ class RoutingSlot:
             self.context = before
             if listener is not None:
                 self.listeners.remove(listener)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the block what a router chose for a whole sequence holds for all later forwards.
+
+        For generation: with a KV cache a later forward does not see the prompt that the choice was made from.
+        """
+        kept: dict[str, Tensor] = {}
+
+        def keep(site: SiteInfo, record: RoutingRecord) -> None:
+            if record.sequence_indices is not None:
+                kept.setdefault(site.name, record.sequence_indices)
+
+        with self.using(replace(self.context, selections=kept), keep):
+            yield
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: record the segment, then replay it.
