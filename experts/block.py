@@ -97,7 +97,7 @@ class BlockContainer(Container):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        if not self.slot.enabled:
+        if not self.active:
             return self.base(hidden_states)  # type: ignore[no-any-return]
         record = self.decide(hidden_states)
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

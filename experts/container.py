@@ -78,6 +78,12 @@ class Container(nn.Module):
         return record
 
     @property
+    def active(self) -> bool:
+        """Whether the experts take part in this forward; in a scoring pass only those that will be weighed by it do."""
+        scores = self.router is not None and self.router.needs_scoring
+        return self.slot.enabled and (scores or not self.slot.context.scoring_pass)
+
+    @property
     def factors(self) -> Mapping[int, float]:
         """Run-time factors of single experts; a site without a router has no experts to tell apart."""
         return {} if self.router is None else self.slot.expert_scale

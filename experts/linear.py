@@ -42,7 +42,7 @@ class LinearContainer(Container):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., O): the frozen linear plus the gated update."""
         out: Tensor = self.base(hidden_states)
-        if not self.slot.enabled:
+        if not self.active:
             return out
         bank = self.experts
         low = bank.low(hidden_states) if self.router is not None and self.router.needs_activations else None

@@ -17,6 +17,7 @@ from .losses import StepLoad as StepLoad
 from .model import MoELoRAModel as MoELoRAModel
 from .routers.base import Router
 from .routing import RoutingRecord, SiteInfo, Tape
+from .scoring import refuse_unscorable
 from .sites import layer_of, match_sites, refuse_overlaps, sharing_key
 from .slot import RoutingSlot
 
@@ -47,6 +48,7 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
             f"this {type(backbone).__name__} already carries experts (at {taken!r}): call unload() of its mixture "
             "first, or name all sites in one mixture"
         )
+    refuse_unscorable(backbone, config)
     matched = [match_sites(backbone, site) for site in config.sites]
     refuse_overlaps(matched)
     slot = RoutingSlot()

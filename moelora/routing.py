@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, E experts, K picks, R stacke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -65,6 +65,8 @@ class RoutingContext:
             load-balance loss takes it in place of this batch's own (see ``step_balance`` of ``trainers/sft.py``).
         scoring_states: (B, S, H) last hidden states of a forward that came before this one, for routers that look at
             the whole model (``needs_scoring``).
+        scores: what each such router made of ``scoring_states``, once for the forward, by the name of its sites.
+        scoring_pass: this is the forward that ``scoring_states`` come from: experts have one constant weight, or none.
     """
 
     token_mask: Tensor | None = None
@@ -76,6 +78,8 @@ class RoutingContext:
     generator: torch.Generator | None = None
     load_share: Tensor | None = None
     scoring_states: Tensor | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    scoring_pass: bool = False
 
     PER_SEQUENCE = ("task_ids", "task_types", "request_ids", "modality_mask")
 

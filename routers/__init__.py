@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import ROUTERS
-from . import switch, topk, topp
+from . import switch, topk, topp, xlora
 from .base import LinearRouter, LinearRouterConfig, Router, RouterConfig
 
 names = ROUTERS.names
@@ -20,4 +20,5 @@ __all__ = [
     "switch",
     "topk",
     "topp",
+    "xlora",
 ]

@@ -93,6 +93,19 @@ class Router(nn.Module, Generic[ConfigT]):
                 router.
         """
 
+    @property
+    def scoring_pass_value(self) -> float:
+        """By what a router with ``needs_scoring`` weighs every expert in the scoring pass; 0 turns them off."""
+        return 0.0
+
+    def score(self, states: Tensor, context: RoutingContext) -> Tensor:
+        """What :meth:`route` needs of the scoring states (B, S, H); ``needs_scoring`` only.
+
+        Called once per forward, before it and outside every checkpointed segment, so that nothing here is computed
+        for each site or recomputed; ``route`` finds the result in ``scores`` of its context.
+        """
+        raise NotImplementedError
+
     def fit(self, lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int]) -> None:
         """Set what follows from the experts of the site, without training.
 
