@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import EXPERTS
-from . import frozen, lora
+from . import frozen, lora, shared_a
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
 from .build import build
@@ -27,4 +27,5 @@ __all__ = [
     "is_linear",
     "lora",
     "names",
+    "shared_a",
 ]

@@ -97,16 +97,21 @@ class ExpertBank(nn.Module):
         self.config = config
         self.ranks = config.ranks
         total = sum(self.ranks)
-        self.lora_A = nn.Parameter(torch.empty(total, in_features))
+        self.lora_A = nn.Parameter(torch.empty(sum(self.down_ranks), in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, total))
         self.reset_parameters()
+
+    @property
+    def down_ranks(self) -> tuple[int, ...]:
+        """Rank of each matrix that ``lora_A`` stacks; one for each expert."""
+        return self.ranks
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """``lora_A`` as ``init`` says, each expert by itself; ``lora_B`` zero."""
         start = 0
         with torch.no_grad():
             drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
-            for rank in self.ranks:
+            for rank in self.down_ranks:
                 rows = drawn[start : start + rank]
                 if self.config.init == "kaiming":
                     nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)

@@ -190,12 +190,14 @@ class RoutingRecord:
         num_experts: E. At the level of ranks every E here and above means R: each rank is an expert of its own.
         level: whether ``weights`` weigh experts or single ranks.
         logits: (..., E) before, probs: (..., E) after the softmax; log_prob: (...,) of a sampled choice.
+        scores: (..., E) what experts are weighed by, where a loss needs it and it is not ``probs``.
         mix: ``outputs`` weighs what each expert adds, ``sum_e w_e B_e A_e x``; ``factors`` mixes the factors first,
             ``(sum_e w_e B_e) (sum_e w_e A_e) x``, which needs experts of one rank.
         normalized: the weights of every token sum to 1 by construction; a block site then equals its frozen block bit
             for bit while all updates are zero.
         residual: (...,) weight of the site's own input in the output of a block site (Switch's tokens over capacity).
         noise: what was drawn from the context's own generator, for replay.
+        layer: of the backbone, where a loss looks at each layer by itself.
         mask: (...) bool, real tokens, or ``None`` if all are real.
     """
 
@@ -208,8 +210,10 @@ class RoutingRecord:
     logits: Tensor | None = None
     probs: Tensor | None = None
     log_prob: Tensor | None = None
+    scores: Tensor | None = None
     residual: Tensor | None = None
     noise: Tensor | None = None
+    layer: int | None = None
     mask: Tensor | None = None
 
     def decision(self) -> Decision:

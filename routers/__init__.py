@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import ROUTERS
-from . import switch, topk, topp, xlora
+from . import adamole, mola, softmax, switch, topk, topp, xlora
 from .base import LinearRouter, LinearRouterConfig, Router, RouterConfig
 
 names = ROUTERS.names
@@ -15,8 +15,11 @@ __all__ = [
     "LinearRouterConfig",
     "Router",
     "RouterConfig",
+    "adamole",
     "get",
+    "mola",
     "names",
+    "softmax",
     "switch",
     "topk",
     "topp",

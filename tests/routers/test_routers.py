@@ -13,6 +13,8 @@ from moelora.routers import Router
 from moelora.routing import Decision, RouteInput, RoutingContext, RoutingRecord, SiteInfo
 
 SITE = SiteInfo(name="s", layer=0, in_features=16, out_features=16, ranks=(2,) * 6, scales=(1.0,) * 6)
+# What losses may look at beside the records: the type of each of two sequences.
+CONTEXT = RoutingContext(task_types=torch.tensor([1, 0]))
 
 
 def make(kind: str, **options: Any) -> Router[Any]:
@@ -83,7 +85,7 @@ class TestEveryRouter:
 
     def test_losses_are_named_finite_and_have_coefficients(self, kind: str) -> None:
         router = make(kind).train()
-        losses = router.losses([route(router, hidden(2, 7)), route(router, hidden(2, 7))], RoutingContext())
+        losses = router.losses([route(router, hidden(2, 7)), route(router, hidden(2, 7))], CONTEXT)
         assert set(losses) == set(router.config.coefficients())
         for loss in losses.values():
             assert loss.shape == () and loss.isfinite()
@@ -94,7 +96,7 @@ class TestEveryRouter:
         router = make(kind).train()
         record = route(router, hidden(2, 7))
         record.mask = torch.zeros(2, 7, dtype=torch.bool)
-        assert all(loss.item() == 0 for loss in router.losses([record], RoutingContext()).values())
+        assert all(loss.item() == 0 for loss in router.losses([record], CONTEXT).values())
 
 
 def test_topk_is_the_renormalised_softmax() -> None:
