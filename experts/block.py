@@ -60,12 +60,12 @@ class BlockContainer(Container):
             raise ConfigError(
                 f"site {site.name!r}: projections {unknown} are not in this block; it has {self.spec.projections}"
             )
-        self._refuse_what_has_no_meaning()
+        self._refuse_what_has_no_meaning(len(wanted))
         self.experts = nn.ModuleDict()
         for name in wanted:
             self.experts[name.replace(".", "__")] = self.new_bank(*linear_shape(base.get_submodule(name)))
 
-    def _refuse_what_has_no_meaning(self) -> None:
+    def _refuse_what_has_no_meaning(self, projections: int) -> None:
         kind = EXPERTS.get(self.config.experts.kind)
         reasons = []
         if self.router is not None and self.router.level == "rank":
@@ -77,6 +77,15 @@ class BlockContainer(Container):
             reasons.append(
                 f"router {self.router.kind!r} looks at the low-rank activations of one projection, but a block has "
                 "several and routes before them"
+            )
+        if self.router is not None and self.router.needs_fit and projections > 1:
+            reasons.append(
+                f"router {self.router.kind!r} follows from the experts of one projection, but this block has several"
+            )
+        if self.router is not None and self.router.mix == "factors":
+            reasons.append(
+                f"router {self.router.kind!r} mixes factors, but a block has a nonlinearity between them: set mix to "
+                "'outputs'"
             )
         if not kind.token_local:
             reasons.append(f"experts {kind.kind!r} look at other tokens, but a block hands tokens out to experts")

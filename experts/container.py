@@ -129,7 +129,7 @@ class Container(nn.Module):
 def _refuse_unlike(site: SiteInfo, router: Router[Any]) -> None:
     """Raise where a site cannot use the router of another one."""
     theirs = router.site
-    same_width = router.needs_scoring or site.in_features == theirs.in_features
+    same_width = router.needs_scoring or router.any_width or site.in_features == theirs.in_features
     if not same_width or site.ranks != theirs.ranks:
         raise ConfigError(
             f"site {site.name!r} ({site.in_features} features in, ranks {list(site.ranks)}) cannot share the router of "

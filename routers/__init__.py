@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from ..registry import ROUTERS
-from . import adamole, mola, softmax, switch, topk, topp, xlora
+from . import (
+    adamole,
+    arrow,
+    mask,
+    meteora,
+    mola,
+    phatgoose,
+    softmax,
+    static,
+    switch,
+    task,
+    topk,
+    topp,
+    xlora,
+)
 from .base import LinearRouter, LinearRouterConfig, Router, RouterConfig
 
 names = ROUTERS.names
@@ -16,11 +30,17 @@ __all__ = [
     "Router",
     "RouterConfig",
     "adamole",
+    "arrow",
     "get",
+    "mask",
+    "meteora",
     "mola",
     "names",
+    "phatgoose",
     "softmax",
+    "static",
     "switch",
+    "task",
     "topk",
     "topp",
     "xlora",

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Pluggable
+from ..errors import ConfigError
 from ..routing import Level, RouteInput, RoutingContext, RoutingRecord, SiteInfo
 from .losses import load_balance, router_z
 
@@ -53,6 +54,8 @@ class Router(nn.Module, Generic[ConfigT]):
             a linear site, and wherever the weights of a token sum to 1, the two are one.
         needs_activations: the router looks at ``x @ lora_A.T``, which is then computed before it; linear sites only.
         needs_scoring: the router looks at the last hidden states of a forward that comes first (``scoring_states``).
+        needs_fit: the router decides by what :meth:`fit` made of the experts of one projection.
+        any_width: the router looks at no hidden states, so sites of any width may share it.
     """
 
     kind: ClassVar[str]
@@ -61,12 +64,24 @@ class Router(nn.Module, Generic[ConfigT]):
     weighs: ClassVar[Literal["updates", "outputs"]] = "updates"
     needs_activations: ClassVar[bool] = False
     needs_scoring: ClassVar[bool] = False
+    needs_fit: ClassVar[bool] = False
+    any_width: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, site: SiteInfo) -> None:
         super().__init__()
         config.check(site.num_experts, site.total_rank)
         self.config: ConfigT = config
         self.site = site
+        if self.mix == "factors" and len(set(site.ranks)) > 1:
+            raise ConfigError(
+                f"site {site.name!r}: router {config.kind!r} with mix 'factors' adds up the factors of experts, which "
+                f"needs experts of one rank, but theirs are {list(site.ranks)}: set mix to 'outputs'"
+            )
+
+    @property
+    def mix(self) -> Literal["outputs", "factors"]:
+        """What the weights mix; see :class:`~moelora.routing.RoutingRecord`. Factors: linear sites only."""
+        return "outputs"
 
     def route(self, inputs: RouteInput) -> RoutingRecord:
         """Decide for hidden states (..., D); see :class:`~moelora.routing.RoutingRecord` for the shapes."""
