@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import EXPERTS
-from . import frozen, lora, shared_a
+from . import dora, frozen, lora, low_rank, shared_a
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
 from .build import build
@@ -22,10 +22,12 @@ __all__ = [
     "ExpertsConfig",
     "LinearContainer",
     "build",
+    "dora",
     "frozen",
     "get",
     "is_linear",
     "lora",
+    "low_rank",
     "names",
     "shared_a",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import Pluggable
 from ..dispatch import linear as dispatch
-from ..dispatch.linear import Gate
+from ..dispatch.linear import Gate, over_ranks
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -77,7 +77,7 @@ class ExpertBank(nn.Module):
     hold its factors in another form.
 
     Attributes:
-        ranks: rank of each expert.
+        ranks: rank of each expert. name: where the bank sits, ``<site>`` or ``<site>.<projection>``.
         token_local: the update of a token depends on that token alone, so tokens may be dispatched to experts.
         mergeable: the update of an expert is a matrix, which may be added to the frozen weight; see :meth:`delta`.
         needs_dense_weight: the forward looks at the frozen weight itself, which a 4-bit base has to unpack; linear
@@ -92,9 +92,10 @@ class ExpertBank(nn.Module):
     needs_dense_weight: ClassVar[bool] = False
     zero_at_init: ClassVar[bool] = True
 
-    def __init__(self, config: ExpertsConfig, in_features: int, out_features: int) -> None:
+    def __init__(self, config: ExpertsConfig, in_features: int, out_features: int, name: str = "") -> None:
         super().__init__()
         self.config = config
+        self.name = name
         self.ranks = config.ranks
         total = sum(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(sum(self.down_ranks), in_features))
@@ -111,7 +112,7 @@ class ExpertBank(nn.Module):
         start = 0
         with torch.no_grad():
             drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
-            for rank in self.down_ranks:
+            for rank in filter(None, self.down_ranks):  # an expert of rank 0 is the frozen layer
                 rows = drawn[start : start + rank]
                 if self.config.init == "kaiming":
                     nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
@@ -120,6 +121,9 @@ class ExpertBank(nn.Module):
                 start += rank
             self.lora_A.copy_(drawn)
             self.lora_B.zero_()
+
+    def start_from(self, base: nn.Module) -> None:
+        """Set what follows from the frozen linear; called once, when the container of a linear site is built."""
 
     def scale(self, like: Tensor, factors: Mapping[int, float]) -> float | Tensor:
         """The factor of the update: one number where all experts agree, else (R,) in ``like``'s dtype and device.
@@ -177,14 +181,16 @@ class ExpertBank(nn.Module):
 
     @torch.no_grad()
     def delta(self, weights: Tensor, base: nn.Module) -> Tensor:
-        """(O, D) float32: the update of experts with constant weights (E,), as a matrix.
+        """(O, D) float32: the update under weights that are the same for every token, as a matrix.
 
         Args:
-            base: the frozen linear.
+            weights: (E,) of the experts, or (R,) of single ranks. base: the frozen linear.
         """
-        gate = weights.float() * torch.tensor(self.config.scales, device=weights.device)
-        ranks = torch.tensor(self.ranks, device=weights.device)
-        return (self.up().float() * gate.repeat_interleave(ranks)) @ self.down().float()
+        weights = weights.float()
+        if weights.shape[0] == len(self.ranks):
+            weights = over_ranks(weights, self.ranks)
+        scales = over_ranks(weights.new_tensor(self.config.scales), self.ranks)
+        return (self.up().float() * weights * scales) @ self.down().float()
 
     def extra_repr(self) -> str:
         ranks = self.ranks[0] if len(set(self.ranks)) == 1 else self.ranks

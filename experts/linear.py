@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..config import SiteConfig
 from ..dispatch.linear import Gate
+from ..errors import ConfigError
+from ..registry import EXPERTS
 from ..routers.base import Router
 from ..routing import SiteInfo
 from ..slot import RoutingSlot
@@ -37,7 +39,17 @@ class LinearContainer(Container):
         router: Router[Any] | None = None,
     ) -> None:
         super().__init__(base, config, site, slot, group, router)
+        self._refuse_single_ranks()
         self.experts = self.new_bank(site.in_features, site.out_features)
+        self.experts.start_from(base)
+
+    def _refuse_single_ranks(self) -> None:
+        kind = EXPERTS.get(self.config.experts.kind)
+        if kind.needs_dense_weight and self.router is not None and self.router.level == "rank":
+            raise ConfigError(
+                f"site {self.site.name!r}: router {self.router.kind!r} weighs single ranks, but experts {kind.kind!r} "
+                "rescale the output of the frozen linear by the norm of a whole expert: take experts of kind 'lora'"
+            )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., O): the frozen linear plus the gated update."""

@@ -302,6 +302,12 @@ def backbone_config(model: PreTrainedModel) -> BackboneConfig:
     )
 
 
+def forget_source(model: PreTrainedModel) -> None:
+    """Call this when the weights of ``model`` are no longer those that were loaded: what is saved must not say so."""
+    vars(model).pop(_BOOKMARK, None)
+    model.config.name_or_path = ""
+
+
 def frozen_checksum(model: nn.Module, skip: Collection[str] = ()) -> str:
     """sha256 (hex) of all frozen parameters, all buffers and their quantisation state.
 

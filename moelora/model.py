@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from .routers.base import Router
 from .routing import RoutingContext
 from .scoring import ScoringPass
 from .slot import RoutingSlot
+
+logger = logging.getLogger(__name__)
 
 
 class MoELoRAModel(PreTrainedModel):
@@ -392,6 +395,19 @@ class MoELoRAModel(PreTrainedModel):
             parent, _, child = name.rpartition(".")
             setattr(self.backbone.get_submodule(parent), child, container.base)
         return self.backbone
+
+    def merge_and_unload(
+        self, approximate: bool = False, batches: Iterable[Mapping[str, Any]] | None = None, **fields: Any
+    ) -> PreTrainedModel:
+        """The backbone with the experts in its weights; arguments and errors: see :func:`moelora.merging.merge`.
+
+        What merging did to each site is logged; :func:`~moelora.merging.merge` itself returns it.
+        """
+        from .merging import merge
+
+        merged = merge(self, approximate, batches, **fields)
+        logger.info("merged %d sites\n%s", len(merged.sites), merged)
+        return merged.backbone
 
     # -- saving and loading --------------------------------------------------------------------------------------
 

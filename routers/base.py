@@ -132,6 +132,13 @@ class Router(nn.Module, Generic[ConfigT]):
         """(E,) float32 weights that are the same for every token, so that the experts can be merged; else ``None``."""
         return None
 
+    def approximate_weights(self, context: RoutingContext) -> Tensor | None:
+        """(num_units,) float32 weights that the method's source merges with although routing depends on the token.
+
+        ``None`` where the source has none; merging then takes mean weights over given batches.
+        """
+        return None
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters; a ``generator`` on the CPU makes them reproducible on any device."""
 
