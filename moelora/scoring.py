@@ -1,9 +1,9 @@
 """The scoring pass: a forward of the backbone without experts, which comes before the forward of the mixture.
 
-Routers with ``needs_scoring`` (X-LoRA, arXiv 2402.07148) look at the last hidden states of the whole model. Those states
-do not depend on what the experts do afterwards, and behind a causal mask not on later tokens either. So generation need
-not start anew for every token, as the published code does: each of the two streams of keys and values has its own
-cache, and a token costs two token forwards.
+Routers with ``needs_scoring`` (X-LoRA, arXiv 2402.07148) look at the last hidden states of the whole model. Those
+states do not depend on what the experts do afterwards, and behind a causal mask not on later tokens either. So
+generation need not start anew for every token, as the published code does: each of the two streams of keys and values
+has its own cache, and a token costs two token forwards.
 
 The two caches are one object: the layers of the scoring stream stand behind those of the mixture in the
 ``DynamicCache`` that the caller holds. Reordering by a beam search, cropping, repeating and copying then reach both.
@@ -140,7 +140,7 @@ class ScoringPass:
             slot.listeners = listeners
             slot.restore(state)
             if on:
-                # Autocast keeps the half-precision copies of trainable weights; those made here have no graph.
+                # Older torch: autocast keeps its half-precision copies of weights, and those made here have no graph.
                 torch.clear_autocast_cache()
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,8 +168,8 @@ class ScoringPass:
             return {"use_cache": given["use_cache"]} if given.get("use_cache") is not None else unasked
         if not isinstance(cache, DynamicCache) or cache.offloading or "cache_params" in given:
             raise ConfigError(
-                f"{self._kind()} needs a second stream in the cache, which this {type(cache).__name__} cannot hold: take "
-                "a DynamicCache in the memory of the device (leave cache_implementation out), or pass use_cache=False"
+                f"{self._kind()} needs a second stream in the cache, which this {type(cache).__name__} cannot hold: "
+                "take a DynamicCache that is not offloaded (leave cache_implementation out), or pass use_cache=False"
             )
         if cache.get_seq_length() == 0 and len(cache) in (0, self.depth):
             return {"past_key_values": copy.deepcopy(cache), "use_cache": given.get("use_cache", True)}
@@ -177,8 +177,8 @@ class ScoringPass:
         stream.layers = cache.layers[self.depth :]
         if len(stream) != self.depth or stream.get_seq_length() != cache.get_seq_length():
             raise ConfigError(
-                f"{self._kind()} needs a second stream in the cache, but this cache was filled without it (with experts "
-                "disabled, in a forward that failed, or by another model): begin with an empty cache"
+                f"{self._kind()} needs a second stream in the cache, but this cache was filled without it (with "
+                "experts disabled, in a forward that failed, or by another model): begin with an empty cache"
             )
         return {"past_key_values": stream, "use_cache": given.get("use_cache", True)}
 

@@ -1,9 +1,9 @@
 """X-LoRA: a classifier looks at the last hidden states of the whole model and scales every expert at every site.
 
 Source: Buehler and Buehler 2024 (arXiv 2402.07148); EricLBuehler/xlora 8217992; huggingface/peft 5d602fd (0.21.2). A
-first forward without experts, the scoring pass of ``moelora/scoring.py``, gives the hidden states h after the final norm;
-a linear or an MLP makes of them one scaling for each expert, for all sites together or (``layerwise``) for each site. The
-experts are finished adapters (``frozen``); only the classifier is trained.
+first forward without experts, the scoring pass of ``moelora/scoring.py``, gives the hidden states h after the final
+norm; a linear or an MLP makes of them one scaling for each expert, for all sites together or (``layerwise``) for each
+site. The experts are finished adapters (``frozen``); only the classifier is trained.
 
 Our reading: the classifier runs once per forward, in float32. Scalings multiply the update, where the released code
 multiplies the input of ``lora_A``: the same, dropout included. In the scoring pass every expert has the weight
@@ -17,6 +17,7 @@ Shapes: B batch, S sequence, H hidden size of the backbone, M sites that share t
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -92,8 +93,7 @@ class XLoRARouter(Router[XLoRAConfig]):
         self.members = site.members or (site.name,)
         outputs = site.num_experts * (len(self.members) if config.layerwise else 1)
         widths = [site.hidden_size, *[config.size] * (config.depth - 1), outputs]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Linear(before, after, bias=config.bias) for before, after in pairs)
+        self.layers = nn.ModuleList(nn.Linear(before, after, bias=config.bias) for before, after in pairwise(widths))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -13,7 +13,7 @@ from moelora import routers
 from moelora.routers import Router
 from moelora.routing import Decision, RouteInput, RoutingContext, RoutingRecord, SiteInfo
 
-SITE = SiteInfo(name="s", layer=0, in_features=16, out_features=16, ranks=(2,) * 6, scales=(1.0,) * 6)
+SITE = SiteInfo("s", layer=0, in_features=16, out_features=16, ranks=(2,) * 6, scales=(1.0,) * 6, hidden_size=16)
 # What routers and losses may look at beside hidden states: who each of two sequences, and each of their tokens, is.
 CONTEXT = RoutingContext(
     task_ids=torch.tensor([3, 0]),
@@ -35,6 +35,7 @@ def make(kind: str, **options: Any) -> Router[Any]:
 
 
 def route(router: Router[Any], x: Tensor, replay: Decision | None = None, **context: Any) -> RoutingRecord:
+    context = {"scoring_states": x, **context}  # what a router sees that looks at the whole model first
     return router.route(RouteInput(x, None, replace(CONTEXT, **context), SITE, replay))
 
 
