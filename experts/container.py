@@ -74,6 +74,7 @@ class Container(nn.Module):
         tokens = hidden_states.shape[:-1]
         if mask is not None and (mask.shape == tokens or (len(tokens) == 1 and mask.numel() == tokens.numel())):
             record.mask = mask.reshape(tokens)
+        record.owner = self.router.site.name or None
         self.slot.publish(self.site, record)
         return record
 

@@ -67,6 +67,11 @@ class RoutingContext:
             the whole model (``needs_scoring``).
         scores: what each such router made of ``scoring_states``, once for the forward, by the name of its sites.
         scoring_pass: this is the forward that ``scoring_states`` come from: experts have one constant weight, or none.
+        prompt_mask: (B, S) bool, the tokens from which a router that decides once for a sequence may decide; ``None``
+            means all real ones.
+        selections: (B, K) what such a router chose before, by the name of its site; see ``RoutingSlot.keeping``.
+        selection_seeds: one seed for each of as many equal blocks of the batch. A router that samples its experts
+            draws from them instead of a generator, so that the numbers depend on nothing but seed and router.
     """
 
     token_mask: Tensor | None = None
@@ -80,6 +85,9 @@ class RoutingContext:
     scoring_states: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     scoring_pass: bool = False
+    prompt_mask: Tensor | None = None
+    selections: Mapping[str, Tensor] | None = None
+    selection_seeds: tuple[int, ...] | None = None
 
     PER_SEQUENCE = ("task_ids", "task_types", "request_ids", "modality_mask")
 
@@ -189,7 +197,8 @@ class RoutingRecord:
         weights: (..., K) for the chosen, (..., E) when dense; float32.
         num_experts: E. At the level of ranks every E here and above means R: each rank is an expert of its own.
         level: whether ``weights`` weigh experts or single ranks.
-        logits: (..., E) before, probs: (..., E) after the softmax; log_prob: (...,) of a sampled choice.
+        logits: (..., E) before, probs: (..., E) after the softmax.
+        log_prob: (...,) of a sampled choice; (B,) of one that holds for a sequence.
         scores: (..., E) what experts are weighed by, where a loss needs it and it is not ``probs``.
         mix: ``outputs`` weighs what each expert adds, ``sum_e w_e B_e A_e x``; ``factors`` mixes the factors first,
             ``(sum_e w_e B_e) (sum_e w_e A_e) x``, which needs experts of one rank.
@@ -199,6 +208,8 @@ class RoutingRecord:
         noise: what was drawn from the context's own generator, for replay.
         layer: of the backbone, where a loss looks at each layer by itself.
         mask: (...) bool, real tokens, or ``None`` if all are real.
+        sequence_indices: (B, K) int64, the choice of a router that decides once for all tokens of a sequence.
+        owner: name of the first of the sites that share the router; ``None`` for a router used by itself.
     """
 
     indices: Tensor | None
@@ -215,6 +226,8 @@ class RoutingRecord:
     noise: Tensor | None = None
     layer: int | None = None
     mask: Tensor | None = None
+    sequence_indices: Tensor | None = None
+    owner: str | None = None
 
     def decision(self) -> Decision:
         """What a recomputation replays; holds no graph."""

@@ -132,7 +132,7 @@ class RoutingSlot:
             if record.sequence_indices is not None:
                 kept.setdefault(site.name, record.sequence_indices)
 
-        with self.using(replace(self.context, selections=kept), keep):
+        with self.using(replace(self.context, prompt_mask=None, selections=kept), keep):
             yield
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..registry import ROUTERS
 from ..routing import RouteInput, RoutingContext, RoutingRecord
 from .gate import GateConfig, GateRouter
+from .ids import checked, the_only
 from .losses import pooled_mean, required
 from .topk import check_top_k, top_indices
 
@@ -116,6 +117,13 @@ class LoRAMixerRouter(GateRouter[LoRAMixerConfig]):
             probs=probs,
         )
 
+    def constant_weights(self, context: RoutingContext) -> Tensor | None:
+        """In the hard stage the one expert that the context names, if it names one for all its sequences."""
+        label = the_only(context.task_ids) if self.stage(context) == "hard" else None
+        if label is None or not 0 <= label < self.site.num_experts:
+            return None
+        return (torch.arange(self.site.num_experts, device=self.weight.device) == label).float()
+
     def stage(self, context: RoutingContext) -> str:
         """``hard`` or ``soft``."""
         return context.phase if context.phase in ("hard", "soft") else self.config.stage
@@ -136,17 +144,7 @@ class LoRAMixerRouter(GateRouter[LoRAMixerConfig]):
         return dict(zip(names, parts.unbind(), strict=True))
 
     def _by_label(self, inputs: RouteInput) -> RoutingRecord:
-        labels = inputs.given("task_ids")
-        # On a GPU the check would make the host wait; the gate's scatter refuses such an index there.
-        if (
-            labels.device.type == "cpu"
-            and labels.numel()
-            and not 0 <= int(labels.min()) <= int(labels.max()) < (self.site.num_experts)
-        ):
-            raise UserError(
-                f"task_ids hold {int(labels.min())}..{int(labels.max())}, but in the hard stage each names one of the "
-                f"{self.site.num_experts} experts of site {inputs.site.name!r}"
-            )
+        labels = checked(inputs.given("task_ids"), self.site.num_experts, "task_ids")
         indices = inputs.per_token(labels).long().unsqueeze(-1)
         weights = torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
         return RoutingRecord(indices, weights, self.site.num_experts, normalized=True)

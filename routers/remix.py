@@ -117,7 +117,9 @@ class RemixRouter(GateRouter[RemixConfig]):
 
     def constant_weights(self, context: RoutingContext) -> Tensor | None:
         """With k = E every expert is always on."""
-        return torch.tensor(self.factors) if self.config.top_k == self.site.num_experts else None
+        if self.config.top_k < self.site.num_experts:
+            return None
+        return torch.tensor(self.factors, dtype=torch.float32, device=self.weight.device)
 
     def _weights(self, indices: Tensor) -> Tensor:
         """(..., K) float32: omega over the experts' own scale, which the container multiplies in."""
