@@ -46,7 +46,8 @@ def allowed(kind: str, container: str) -> bool:
     experts = moelora.experts.get(site_of(kind, container).experts.kind)
     if container == "linear":
         return True
-    return entry.level == "expert" and not entry.needs_activations and not experts.needs_dense_weight
+    several = entry.needs_activations or entry.needs_fit  # look at one projection, of which a block has several
+    return entry.level == "expert" and not several and not experts.needs_dense_weight
 
 
 PLACES = [(kind, container) for kind in KINDS for container in CONTAINERS if allowed(kind, container)]
@@ -212,6 +213,8 @@ def model_of(backbone: LlamaForCausalLM, kind: str, container: str, fresh: bool 
     model = moelora.attach(backbone, {"sites": [site_of(kind, container)]})
     if not fresh:
         randomize(model, model.adapter_tensors())
+    elif routers.get(kind).needs_fit:
+        model.fit_routers()
     return model
 
 
@@ -224,7 +227,8 @@ def step(model: MoELoRAModel) -> tuple[Tensor, dict[str, Tensor]]:
         out = model(IDS, labels=IDS, **KNOWN)
     chances = [r.log_prob.sum() for site in tape for r in tape[site] if r.log_prob is not None]
     loss = out.loss + sum(chances, torch.zeros(()))
-    loss.backward()
+    if loss.requires_grad:  # a router without parameters over frozen experts learns nothing
+        loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
