@@ -99,7 +99,7 @@ class XLoRARouter(Router[XLoRAConfig]):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """As ``nn.Linear`` starts: uniform within 1 / sqrt(width), weights and biases."""
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in self._linears:
                 bound = 1 / math.sqrt(layer.in_features)
                 for parameter in layer.parameters():
                     drawn = torch.empty(parameter.shape, dtype=torch.float32)
@@ -163,7 +163,11 @@ class XLoRARouter(Router[XLoRAConfig]):
                 f"site {inputs.site.name!r} has tokens of the shape {tuple(tokens)}, but scoring_states has "
                 f"{tuple(logits.shape[:-1])}: give the states of the same tokens"
             )
-        return logits.to(inputs.hidden_states.device).reshape(*tokens, -1)
+        return logits.to(inputs.hidden_states.device).reshape(*tokens, self.site.num_experts)
+
+    @property
+    def _linears(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     @property
     def _drops(self) -> bool:
@@ -180,9 +184,8 @@ class XLoRARouter(Router[XLoRAConfig]):
             raise ConfigError(
                 f"router 'xlora' expects scoring_states of the width {self.site.hidden_size}, got {states.shape[-1]}"
             )
-        weight = self.layers[0].weight
-        hidden = states.to(weight.device, torch.float32)
-        for index, layer in enumerate(self.layers):
+        hidden = states.to(self._linears[0].weight.device, torch.float32)
+        for index, layer in enumerate(self._linears):
             hidden = F.linear(hidden, layer.weight.float(), None if layer.bias is None else layer.bias.float())
             if index < len(self.layers) - 1 and self.config.relu:
                 hidden = hidden.relu()
