@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
@@ -73,6 +74,7 @@ def trace_ffn(block: nn.Module, name: str) -> FFNSpec:
         ConfigError: it is not an FFN block of a known form, its weights are not loaded, or the finding does not
             reproduce the block's output.
     """
+    _refuse_fused_experts(block, name)
     linears = {path: module for path, module in block.named_modules() if path and is_linear(module)}
     if len(linears) not in (2, 3):
         raise ConfigError(
@@ -97,6 +99,17 @@ def trace_ffn(block: nn.Module, name: str) -> FFNSpec:
     raise ConfigError(
         f"site {name!r} ({type(block).__name__}) does not take hidden states of any of its linears' widths"
     )
+
+
+def _refuse_fused_experts(block: nn.Module, name: str) -> None:
+    for path, parameter in block.named_parameters():
+        owner = block.get_submodule(path.rpartition(".")[0])
+        if parameter.dim() == 3 and not isinstance(owner, _ConvNd):
+            raise ConfigError(
+                f"site {name!r} ({type(block).__name__}) holds the weights of experts of its own in one tensor, {path} "
+                f"of the shape {tuple(parameter.shape)}: there is no linear to put experts beside. Target the linears "
+                "of the attention, such as q_proj, or of a shared expert"
+            )
 
 
 @dataclass

@@ -27,6 +27,7 @@ from .routers.base import Router
 from .routing import RoutingContext
 from .scoring import ScoringPass
 from .slot import RoutingSlot
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,13 @@ class MoELoRAModel(PreTrainedModel):
         self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
         self._contexts: list[RoutingContext] = []
         self._scoring = ScoringPass.of(backbone, slot, self.containers())
+        self._watch = Watch()
         stacks: list[Any] = [backbone]
         if self.config.is_encoder_decoder:  # each stack has a padding mask of its own
             stacks += [backbone.get_encoder(), backbone.get_decoder()]
+        # So has a part with an input of another kind, such as a vision tower.
+        towers = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m not in stacks]
+        stacks += [tower for tower in towers if tower.main_input_name != backbone.main_input_name]
         self._hooks = [
             hook
             for stack in stacks
@@ -221,9 +226,13 @@ class MoELoRAModel(PreTrainedModel):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every backbone forward, generation's too: take the padding mask and fit the context to the batch."""
         before = self.slot.context
+        if not self._contexts:
+            self._watch.begin(self.backbone)
         self._contexts.append(before)
         tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if _is_batch(t)), None)
         if tokens is None:
+            if len(self._contexts) > 1:  # a part of another input: what is known of the text is not true of it
+                self.slot.context = replace(before, token_mask=None, modality_mask=None)
             return
         batch, length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
@@ -246,6 +255,8 @@ class MoELoRAModel(PreTrainedModel):
         if self._scoring is not None:
             self._scoring.after(output)
         self.slot.context = self._contexts.pop()
+        if not self._contexts:
+            self._watch.end(self.backbone, completed=output is not None)
 
     @contextmanager
     def routing_context(self, **fields: Any) -> Iterator[None]:

@@ -28,6 +28,7 @@ def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
     for target in site.target:
         hits = [path for path in paths if _matches(path, target)]
         if not hits:
+            _refuse_parameter(backbone, target)
             endings = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             named = ", ".join(ending for ending in endings if not ending.isdigit())
             raise ConfigError(f"target {target!r} matches no module of {type(backbone).__name__}; it has: {named}")
@@ -36,6 +37,18 @@ def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
             raise ConfigError(f"layers {site.layers!r} leave no match for target {target!r}: layers are {layers}")
         result += kept
     return sorted(dict.fromkeys(result), key=paths.index)
+
+
+def _refuse_parameter(backbone: nn.Module, target: str) -> None:
+    for path, parameter in backbone.named_parameters():
+        if _matches(path, target):
+            owner = backbone.get_submodule(path.rpartition(".")[0])
+            raise ConfigError(
+                f"target {target!r} names {path}, a tensor of the shape {tuple(parameter.shape)} that "
+                f"{type(owner).__name__} computes with itself: experts can only be put beside a linear that is called. "
+                "Where a backbone keeps its own experts in one tensor, target the linears of its attention, such as "
+                "q_proj, or of a shared expert"
+            )
 
 
 def _matches(path: str, target: str) -> bool:
