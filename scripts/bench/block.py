@@ -10,6 +10,7 @@ Example: python scripts/bench/block.py --threads 2 --shape smollm2
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,7 @@ def check(ours: BlockContainer, loop: LoopBlock, x_TD: Tensor, d_out_TD: Tensor)
     return max(worst_difference(other, found[2]) for other in found[:2])
 
 
-def measure(shape: str, rounds: int, console: Console) -> list[Result]:
+def measure(shape: str, args: argparse.Namespace, console: Console) -> list[Result]:
     """Time every variant at one shape."""
     width, inner, tokens = SHAPES[shape]
     base = make_base(width, inner)
@@ -157,7 +158,7 @@ def measure(shape: str, rounds: int, console: Console) -> list[Result]:
     console.print(f"{shape}: {width}/{inner}, T={tokens}: implementations agree to {worst:.0e}")
     kept = {name: kept_for_backward(block, x_TD) for name, block in variants.items()}
     runs = {name: partial(step, block, x_TD, d_out_TD) for name, block in variants.items()}
-    times = interleave(runs, rounds, shape, console)
+    times = interleave(runs, args, shape, console)
     return [
         Result(
             shape,
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), help="one shape instead of all")
     args = parse(parser)
     console = Console(stderr=True)
-    results = [r for shape in SHAPES if args.shape in (None, shape) for r in measure(shape, args.rounds, console)]
+    results = [r for shape in SHAPES if args.shape in (None, shape) for r in measure(shape, args, console)]
     rows = [
         [r.shape, r.variant, str(r.to_frozen), str(r.to_loop), f"{1e3 * r.seconds:.1f}", f"{r.kept_mib:.1f}"]
         for r in results

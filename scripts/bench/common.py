@@ -45,6 +45,12 @@ def make_parser(text: str | None, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds, at least 2 (%(default)s)")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: seconds of this process alone, for one thread on a machine that has other work (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as JSON as well")
     return parser
 
@@ -54,33 +60,35 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 2 or args.threads < 1:
         parser.error("--rounds takes 2 or more, --threads 1 or more")
+    if args.clock == "cpu" and args.threads > 1:
+        parser.error("--clock cpu adds up the seconds of all threads: it takes --threads 1")
     torch.set_num_threads(args.threads)
     return args
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, description: str, console: Console
+    runs: Mapping[str, Callable[[], object]], args: argparse.Namespace, description: str, console: Console
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after one run of each that does not count."""
+    """Seconds of every run in every round, after one run of each that does not count.
+
+    Args:
+        args: from :func:`parse`.
+    """
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     for run in runs.values():
         run()
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
-    for number in track(range(rounds), description=description, console=console, transient=True):
+    for number in track(range(args.rounds), description=description, console=console, transient=True):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(timed(runs[name]))
+            start = clock()
+            runs[name]()
+            times[name].append(clock() - start)
     gc.enable()
     return times
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that ``run`` takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def step(module: nn.Module, x: Tensor, d_out: Tensor) -> Tensor:
@@ -132,7 +140,7 @@ def report(
     Args:
         results: dataclasses, or what JSON can hold.
     """
-    table = Table(title=f"{title}; {args.threads} threads, {args.rounds} rounds")
+    table = Table(title=f"{title}; {args.threads} threads, {args.rounds} rounds, {args.clock} time")
     for index, heading in enumerate(headings):
         words = not rows or not any(mark.isdigit() for mark in rows[0][index][:1])
         table.add_column(heading, justify="left" if words else "right")
@@ -141,5 +149,11 @@ def report(
     Console().print(table)
     if args.json is not None:
         plain = [asdict(result) if is_dataclass(result) else result for result in results]  # type: ignore[arg-type]
-        content = {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__, "results": plain}
+        content = {
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "clock": args.clock,
+            "torch": torch.__version__,
+            "results": plain,
+        }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -153,7 +153,7 @@ def speed(what: str, args: argparse.Namespace, console: Console) -> list[Result]
     prepare = partial(training, backbone=backbone) if what == "step" else decoding
     names = [FROZEN, LORA, *args.variants]
     runs = {name: prepare(make(name, backbone), ids_BS) for name in names}
-    times = interleave(runs, args.rounds, what, console)
+    times = interleave(runs, args, what, console)
     return [
         Result(what, args.shape, name, Ratio.of(own, times[LORA]), Ratio.of(own, times[FROZEN]), statistics.median(own))
         for name, own in times.items()
@@ -188,7 +188,7 @@ def imports(args: argparse.Namespace, console: Console) -> dict[str, list[float]
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    return interleave({name: partial(start, code) for name, code in IMPORTS.items()}, args.rounds, "import", console)
+    return interleave({name: partial(start, code) for name, code in IMPORTS.items()}, args, "import", console)
 
 
 def main() -> None:
