@@ -470,3 +470,22 @@ def test_a_copy_of_the_model_scores_by_itself(tiny_llama: LlamaForCausalLM) -> N
             parameter.zero_()
         assert torch.equal(twin(ids).logits, expected)
         assert not torch.equal(model(ids).logits, expected)
+
+
+def test_a_backbone_without_a_head_is_scored_too(tiny_llama: LlamaForCausalLM) -> None:
+    ids, mask = batch()
+    whole = attached(copy.deepcopy(tiny_llama), xlora())
+    body = attached(tiny_llama.model, xlora())
+    with torch.no_grad():
+        expected = whole(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(body(ids, attention_mask=mask).last_hidden_state, expected)
+        assert torch.equal(body.backbone(ids, mask).last_hidden_state, expected), "positional arguments"
+
+
+@pytest.mark.parametrize("target", ["q_proj", "mlp"])
+def test_no_tokens_at_all_are_no_error(tiny_llama: LlamaForCausalLM, target: str) -> None:
+    config = xlora()
+    config["sites"][0]["target"] = target
+    container = next(iter(attached(tiny_llama, config).containers().values()))
+    with container.slot.using(RoutingContext(scoring_states=torch.zeros(1, 0, 32))):
+        assert container(torch.zeros(1, 0, 32)).shape == (1, 0, 32)
