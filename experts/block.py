@@ -6,11 +6,12 @@ rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import activations
 
 from ..config import SiteConfig
 from ..dispatch import block as dispatch
@@ -22,6 +23,15 @@ from ..slot import RoutingSlot
 from .bank import ExpertBank
 from .container import Container
 from .ffn import FFNSpec, linear_shape, split_halves, trace_ffn
+
+# Nonlinearities that the compiled kernels know.
+FORMULAS: dict[type[nn.Module], dispatch.Formula] = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+}
 
 
 class BlockContainer(Container):
@@ -36,7 +46,7 @@ class BlockContainer(Container):
     A dropout of the backbone's own before the down projection (T5 has one) falls on the frozen part of the mix only.
 
     Attributes:
-        implementation: name of the dispatch implementation, ``"sorted"`` or ``"reference"``.
+        implementation: of the experts, a name in ``dispatch.block.IMPLEMENTATIONS``, or ``"auto"`` for the fastest.
     """
 
     experts: nn.ModuleDict
@@ -53,7 +63,7 @@ class BlockContainer(Container):
     ) -> None:
         super().__init__(base, config, site, slot, group, router)
         self.spec = trace_ffn(base, site.name) if spec is None else spec
-        self.implementation = "sorted"
+        self.implementation: dispatch.Implementation = "auto"
         wanted = self.spec.projections if config.projections is None else config.projections
         unknown = [name for name in wanted if name not in self.spec.projections]
         if unknown:
@@ -63,7 +73,7 @@ class BlockContainer(Container):
         self._refuse_what_has_no_meaning(len(wanted))
         self.experts = nn.ModuleDict()
         for name in wanted:
-            self.experts[name.replace(".", "__")] = self.new_bank(*linear_shape(base.get_submodule(name)))
+            self.experts[name.replace(".", "__")] = self.new_bank(*linear_shape(base.get_submodule(name)), name)
 
     def _refuse_what_has_no_meaning(self, projections: int) -> None:
         kind = EXPERTS.get(self.config.experts.kind)
@@ -113,9 +123,9 @@ class BlockContainer(Container):
         normalized = record is None or record.normalized or self.router_weighs_updates
         inputs, indices_TK = self._inputs(x_TD, record)
         ranks = (*self.site.ranks, 0)  # the last is the frozen block itself, for weights of updates
-        mix_TF, low_TR = dispatch.IMPLEMENTATIONS[self.implementation](
-            inputs, indices_TK, ranks, self.base.get_submodule(self.spec.activation), normalized
-        )
+        activation = _activation(self.base.get_submodule(self.spec.activation))
+        name = dispatch.choose(inputs, activation) if self.implementation == "auto" else self.implementation
+        mix_TF, update_TD = dispatch.IMPLEMENTATIONS[name](inputs, indices_TK, ranks, activation, normalized)
         if self.spec.inner_dropout is not None:
             mix_TF = self.base.get_submodule(self.spec.inner_dropout)(mix_TF)
         down = self.base.get_submodule(self.spec.down)
@@ -123,10 +133,8 @@ class BlockContainer(Container):
         if not normalized and getattr(down, "bias", None) is not None:
             bias: Tensor = down.bias  # type: ignore[assignment]
             out_TD = out_TD + (inputs.weights_TK.sum(-1, keepdim=True) - 1) * bias
-        bank = self._bank(self.spec.down)
-        if bank is not None and low_TR is not None:
-            delta = F.linear(low_TR * bank.scale(low_TR, self.factors), bank.up().to(low_TR.dtype))
-            out_TD = out_TD + delta.to(out_TD.dtype)
+        if update_TD is not None:
+            out_TD = out_TD + update_TD.to(out_TD.dtype)
         if record is not None and record.residual is not None:
             out_TD = out_TD + record.residual.reshape(-1, 1).to(out_TD.dtype) * x_TD
         if self.spec.outer_dropout is not None:
@@ -135,24 +143,21 @@ class BlockContainer(Container):
 
     def _inputs(self, x_TD: Tensor, record: RoutingRecord | None) -> tuple[dispatch.BlockInputs, Tensor]:
         spec = self.spec
-        activated = self.base.get_submodule(spec.activated)(x_TD)
-        multiplied = None
-        low = self._low(spec.activated, x_TD, activated.dtype)
-        B = self._lora_B(spec.activated, activated.dtype)
-        low_multiplied, B_multiplied = None, None
+        activated_TF = self.base.get_submodule(spec.activated)(x_TD)
+        dtype = activated_TF.dtype
+        activated = self._low_rank(spec.activated, x_TD, dtype)
+        multiplied_TF, multiplied = None, None
         if spec.fused:
-            activated, multiplied = split_halves(activated, spec)
-            if B is not None:
-                rows = B.chunk(2, dim=0)
-                B, B_multiplied = rows[spec.activated_half], rows[1 - spec.activated_half]
-                low_multiplied = low
+            activated_TF, multiplied_TF = split_halves(activated_TF, spec)
+            if activated is not None:
+                halves = [replace(activated, B_OR=rows) for rows in activated.B_OR.chunk(2, dim=0)]
+                activated, multiplied = halves[spec.activated_half], halves[1 - spec.activated_half]
         elif spec.multiplied is not None:
-            multiplied = self.base.get_submodule(spec.multiplied)(x_TD)
-            low_multiplied = self._low(spec.multiplied, x_TD, activated.dtype)
-            B_multiplied = self._lora_B(spec.multiplied, activated.dtype)
+            multiplied_TF = self.base.get_submodule(spec.multiplied)(x_TD)
+            multiplied = self._low_rank(spec.multiplied, x_TD, dtype)
         if record is None:
             indices_TK = torch.zeros(x_TD.shape[0], 1, dtype=torch.long, device=x_TD.device)
-            weights_TK = activated.new_ones(x_TD.shape[0], 1)
+            weights_TK = activated_TF.new_ones(x_TD.shape[0], 1)
         else:
             indices_TK, weights_TK = _slots(record)
             if self.router_weighs_updates and not record.normalized:
@@ -160,17 +165,10 @@ class BlockContainer(Container):
         bank = self._bank(spec.down)
         keep = None
         if bank is not None and bank.training and bank.config.dropout > 0:
-            keep = bank.dropped(torch.ones_like(activated))
+            keep = bank.dropped(torch.ones_like(activated_TF))
+        down = self._low_rank(spec.down, None, dtype)
         inputs = dispatch.BlockInputs(
-            activated_TF=activated,
-            multiplied_TF=multiplied,
-            low_activated_TR=low,
-            B_activated_FR=B,
-            low_multiplied_TR=low_multiplied,
-            B_multiplied_FR=B_multiplied,
-            A_down_RF=None if bank is None else bank.down().to(activated.dtype),
-            weights_TK=weights_TK.to(activated.dtype),
-            keep_TF=keep,
+            activated_TF, multiplied_TF, activated, multiplied, down, weights_TK.to(dtype), keep
         )
         return inputs, indices_TK
 
@@ -178,18 +176,25 @@ class BlockContainer(Container):
         name = projection.replace(".", "__")
         return self.experts[name] if name in self.experts else None  # type: ignore[return-value]  # noqa: SIM401
 
-    def _low(self, projection: str, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _low_rank(self, projection: str, x_TD: Tensor | None, dtype: torch.dtype) -> dispatch.LowRank | None:
+        """The experts of one projection; without an input for the down projection."""
         bank = self._bank(projection)
-        return None if bank is None else (bank.low(x_TD) * bank.scale(x_TD, self.factors)).to(dtype)
-
-    def _lora_B(self, projection: str, dtype: torch.dtype) -> Tensor | None:
-        bank = self._bank(projection)
-        return None if bank is None else bank.up().to(dtype)
+        if bank is None:
+            return None
+        A, B = bank.down().to(dtype), bank.up().to(dtype)
+        hidden = None if x_TD is None else bank.dropped(x_TD).to(dtype)
+        return dispatch.LowRank(hidden, A, B, bank.scale(A, self.factors))
 
     @property
     def router_weighs_updates(self) -> bool:
         """Whether weights multiply what experts change, so that the frozen block makes up what is missing to 1."""
         return self.router is not None and self.router.weighs == "updates"
+
+
+def _activation(module: nn.Module) -> dispatch.Activation:
+    if isinstance(module, nn.GELU):
+        return dispatch.Activation(module, "gelu_tanh" if module.approximate == "tanh" else "gelu")
+    return dispatch.Activation(module, FORMULAS.get(type(module)))
 
 
 def _with_base(indices_TK: Tensor, weights_TK: Tensor, base: int) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,10 @@ class Container(nn.Module):
             _refuse_unlike(site, router)
         self.router = router
 
-    def new_bank(self, in_features: int, out_features: int) -> ExpertBank:
-        bank: ExpertBank = EXPERTS.create(self.config.experts.kind, self.config.experts, in_features, out_features)
+    def new_bank(self, in_features: int, out_features: int, projection: str = "") -> ExpertBank:
+        name = f"{self.site.name}.{projection}" if projection else self.site.name
+        experts = self.config.experts
+        bank: ExpertBank = EXPERTS.create(experts.kind, experts, in_features, out_features, name)
         return bank
 
     def decide(self, hidden_states: Tensor, activations: Tensor | None = None) -> RoutingRecord | None:

@@ -52,8 +52,8 @@ class FrozenExperts(ExpertBank):
 
     Config = FrozenConfig
 
-    def __init__(self, config: FrozenConfig, in_features: int, out_features: int) -> None:
-        super().__init__(config, in_features, out_features)
+    def __init__(self, config: FrozenConfig, in_features: int, out_features: int, name: str = "") -> None:
+        super().__init__(config, in_features, out_features, name)
         self.lora_A.requires_grad_(False)
         self.lora_B.requires_grad_(False)
 
