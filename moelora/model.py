@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
@@ -244,8 +244,8 @@ class MoELoRAModel(PreTrainedModel):
         modality = context.modality_mask
         if modality is not None and modality.shape[1] != length:
             # Generated tokens are text, the modality 0.
-            total = length if kwargs.get("attention_mask") is None else kwargs["attention_mask"].shape[-1]
-            modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, -length:]
+            total = _tokens_so_far(kwargs, length, modality.shape[1])
+            modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, total - length : total]
         context = replace(context, token_mask=mask, modality_mask=modality)
         if self._scoring is not None and self.slot.enabled:
             context = self._scoring.before(context, args, kwargs)
@@ -506,6 +506,20 @@ class MoELoRAModel(PreTrainedModel):
 
 def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() >= 2
+
+
+def _tokens_so_far(kwargs: dict[str, Any], length: int, given: int) -> int:
+    """Tokens up to and with this forward, whose own are ``length``; ``generate`` leaves out a mask without padding.
+
+    Args:
+        given: tokens that the caller described, which are those of the prompt.
+    """
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, Cache):
+        return int(cache.get_seq_length()) + length
+    if mask is not None and mask.dim() == 2:
+        return int(mask.shape[-1])
+    return given + length if length < given else length
 
 
 def _unpacked_numel(parameter: nn.Parameter) -> int:

@@ -94,5 +94,4 @@ class StaticRouter(Router[StaticConfig]):
 
     @torch.no_grad()
     def constant_weights(self, context: RoutingContext) -> Tensor | None:
-        """The weights; ``None`` if factors are mixed, which is no weighted sum of updates."""
-        return self._weights() if self.config.mix == "outputs" else None
+        return self._weights()
