@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from ..dispatch import linear as dispatch
 from ..dispatch.linear import Gate, over_ranks
-from ..errors import ConfigError
 from ..registry import EXPERTS
 from .bank import ExpertBank
 from .dense import dense_weight
@@ -93,16 +92,6 @@ class DoRAExperts(ExpertBank):
             return torch.stack(squares).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
     def add_to(self, out: Tensor, hidden_states: Tensor, low: Tensor | None, gate: Gate, base: nn.Module) -> Tensor:
-        """(..., O) the output of the frozen linear with the update of the gated experts; see :class:`ExpertBank`.
-
-        Raises:
-            ConfigError: the gate mixes the factors of experts; a magnitude belongs to one expert's own.
-        """
-        if gate.factors:
-            raise ConfigError(
-                f"site {self.name!r}: the router mixes the factors of experts, but each 'dora' expert rescales the "
-                "frozen output by the norm of its own update: use experts of kind 'lora', or mix outputs"
-            )
         low = self.low(hidden_states) if low is None else low
         ratio_EO = self.magnitude.float() / self.norms(base)
         change_EO = (ratio_EO - 1) * self._factors(gate).unsqueeze(1)

@@ -39,17 +39,19 @@ class LinearContainer(Container):
         router: Router[Any] | None = None,
     ) -> None:
         super().__init__(base, config, site, slot, group, router)
-        self._refuse_single_ranks()
+        self._refuse_what_is_no_whole_expert()
         self.experts = self.new_bank(site.in_features, site.out_features)
         self.experts.start_from(base)
 
-    def _refuse_single_ranks(self) -> None:
-        kind = EXPERTS.get(self.config.experts.kind)
-        if kind.needs_dense_weight and self.router is not None and self.router.level == "rank":
-            raise ConfigError(
-                f"site {self.site.name!r}: router {self.router.kind!r} weighs single ranks, but experts {kind.kind!r} "
-                "rescale the output of the frozen linear by the norm of a whole expert: take experts of kind 'lora'"
-            )
+    def _refuse_what_is_no_whole_expert(self) -> None:
+        kind, router = EXPERTS.get(self.config.experts.kind), self.router
+        if not kind.needs_dense_weight or router is None or (router.level == "expert" and router.mix == "outputs"):
+            return
+        does = "weighs single ranks" if router.level == "rank" else "mixes the factors of experts"
+        raise ConfigError(
+            f"site {self.site.name!r}: router {router.kind!r} {does}, but experts {kind.kind!r} rescale the output of "
+            "the frozen linear by the norm of a whole expert: take experts of kind 'lora'"
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., O): the frozen linear plus the gated update."""

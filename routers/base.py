@@ -129,7 +129,10 @@ class Router(nn.Module, Generic[ConfigT]):
         """
 
     def constant_weights(self, context: RoutingContext) -> Tensor | None:
-        """(E,) float32 weights that are the same for every token, so that the experts can be merged; else ``None``."""
+        """(num_units,) float32 weights that are the same for every token, for merging; else ``None``.
+
+        They weigh outputs or factors, as ``mix`` says.
+        """
         return None
 
     def approximate_weights(self, context: RoutingContext) -> Tensor | None:

@@ -105,6 +105,11 @@ BACKBONES: dict[str, tuple[Callable[[], PreTrainedModel], list[str], int]] = {
     "mixtral attention": (lambda: made("Mixtral", SPARSE), ["q_proj", "v_proj"], 4),
     "olmoe attention": (lambda: made("Olmoe", SPARSE), ["q_proj", "o_proj"], 4),
     "qwen3-moe attention": (lambda: made("Qwen3Moe", QWEN3_MOE), ["q_proj", "o_proj"], 4),
+    "qwen2-moe shared expert": (
+        lambda: made("Qwen2Moe", {**SPARSE, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}),
+        ["shared_expert", "q_proj"],
+        4,
+    ),
     "vit linears": (lambda: made("ViT", IMAGES, cls="Model"), ["q_proj", "fc1", "fc2"], 6),
     "vit blocks": (lambda: made("ViT", IMAGES, cls="Model"), ["mlp"], 2),
     "vit classifier": (lambda: made("ViT", IMAGES, cls="ForImageClassification"), ["mlp"], 2),

@@ -13,7 +13,6 @@ from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import moelora
-from moelora.dispatch.linear import Gate
 from moelora.errors import ConfigError
 from moelora.experts import LinearContainer, build
 from moelora.experts.dense import dense_weight
@@ -240,11 +239,11 @@ def test_a_router_of_single_ranks_is_refused() -> None:
         build(nn.Linear(8, 8), site, name="q_proj", router=RankRouter(RouterConfig(kind="by_rank"), info))
 
 
-def test_mixed_factors_are_refused() -> None:
-    bank = filled(linear()).experts
-    gate = Gate(torch.ones(1, 2), None, (2, 3), 1.0, factors=True)
-    with pytest.raises(ConfigError, match="mixes the factors"):
-        bank.add_to(torch.zeros(1, 48), torch.zeros(1, 64), None, gate, linear())
+def test_a_router_that_mixes_factors_is_refused() -> None:
+    site = {"target": "any", "experts": {"kind": "dora", "num_experts": 2, "r": 4}}
+    router = {"kind": "static", "mix": "factors"}
+    with pytest.raises(ConfigError, match=r"'static' mixes the factors of experts.*'dora'"):
+        build(nn.Linear(8, 8), {**site, "router": router}, name="q_proj")
 
 
 def test_weights_that_are_not_here_are_refused() -> None:
