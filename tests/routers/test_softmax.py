@@ -104,7 +104,7 @@ def test_uniform_routing_of_equal_sequences_is_balanced(batch: int) -> None:
 
 
 def test_the_formula_as_published_gives_own_experts_the_smaller_share() -> None:
-    """Z = I * Q is even where an expert with the larger I has the smaller Q; the text means the opposite."""
+    """Z = I * Q is even where an expert with the larger I has the smaller Q; the aim is told the other way."""
     router = make(delta=0.5)
     record = route(router, hidden(3, 7))
     own = TYPES.view(3, 1, 1) == torch.tensor([1, 1, 0, 0])
