@@ -25,7 +25,7 @@ from .slot import RoutingSlot
 def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[str, Any] | str | Path) -> MoELoRAModel:
     """Freeze ``backbone`` and put containers at the sites that ``mixture`` names. Changes ``backbone`` in place.
 
-    All of it is frozen, the head of a classifier too, which is no part of a checkpoint of the mixture: train that first.
+    All of it is frozen, the head of a classifier too, which is no part of a checkpoint: train that first.
 
     Args:
         mixture: a configuration, a mapping, a recipe, a model card's name, or the path of a recipe.
