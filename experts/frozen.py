@@ -68,14 +68,15 @@ class FrozenExperts(ExpertBank):
             ConfigError: no such expert, or the shapes are not its own.
         """
         if not 0 <= index < len(self.ranks):
-            raise ConfigError(f"there is no expert {index}: this bank has 0..{len(self.ranks) - 1}")
+            raise ConfigError(f"site {self.name!r}: there is no expert {index}: this bank has 0..{len(self.ranks) - 1}")
         rank, start = self.ranks[index], sum(self.ranks[:index])
         wanted = {"A": (rank, self.lora_A.shape[1]), "B": (self.lora_B.shape[0], rank)}
         for name, factor in {"A": A, "B": B}.items():
             if tuple(factor.shape) != wanted[name]:
                 raise ConfigError(
-                    f"expert {index}: {name} has the shape {tuple(factor.shape)}, expected {wanted[name]}: the rank of "
-                    f"this expert is {rank}; set experts.r to the ranks of the adapters, in the order of the experts"
+                    f"site {self.name!r}, expert {index}: {name} has the shape {tuple(factor.shape)}, expected "
+                    f"{wanted[name]}: the rank of this expert is {rank}; set experts.r to the ranks of the adapters, "
+                    "in the order of the experts"
                 )
         self.lora_A[start : start + rank] = A.to(self.lora_A)
         self.lora_B[:, start : start + rank] = B.to(self.lora_B)
