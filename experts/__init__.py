@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import EXPERTS
-from . import dora, frozen, lora, low_rank, shared_a
+from . import dora, frozen, lora, low_rank, rank1, shared_a, sparse_projection
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
 from .build import build
@@ -29,5 +29,7 @@ __all__ = [
     "lora",
     "low_rank",
     "names",
+    "rank1",
     "shared_a",
+    "sparse_projection",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,19 @@ class ExpertsConfig(Pluggable):
         """Factor of each expert's update."""
         raise NotImplementedError
 
+    @property
+    def linear_only(self) -> str:
+        """Why these options have no meaning in an FFN block, and what to do; empty where they have."""
+        if self.dropout > 0 and self.expert_dropout == "separate":
+            return (
+                "expert_dropout 'separate' needs a mask as wide as the block for each expert of a token: set 'shared'"
+            )
+        return ""
+
+    def next_task(self) -> Self:
+        """The configuration with one task more; of kinds that grow."""
+        raise NotImplementedError
+
 
 class ExpertBank(nn.Module):
     """Stacked low-rank experts of one projection: ``lora_A`` (R, D), ``lora_B`` (O, R).
@@ -83,6 +96,7 @@ class ExpertBank(nn.Module):
         needs_dense_weight: the forward looks at the frozen weight itself, which a 4-bit base has to unpack; linear
             sites only.
         zero_at_init: a fresh expert adds nothing.
+        grows: experts may be added later; see :meth:`begin_task`.
     """
 
     kind: ClassVar[str]
@@ -91,6 +105,7 @@ class ExpertBank(nn.Module):
     mergeable: ClassVar[bool] = True
     needs_dense_weight: ClassVar[bool] = False
     zero_at_init: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
 
     def __init__(self, config: ExpertsConfig, in_features: int, out_features: int, name: str = "") -> None:
         super().__init__()
@@ -124,6 +139,10 @@ class ExpertBank(nn.Module):
 
     def start_from(self, base: nn.Module) -> None:
         """Set what follows from the frozen linear; called once, when the container of a linear site is built."""
+
+    def begin_task(self, config: ExpertsConfig) -> None:
+        """Freeze the experts there are and add those that ``config`` has more; of kinds that grow."""
+        raise NotImplementedError
 
     def scale(self, like: Tensor, factors: Mapping[int, float]) -> float | Tensor:
         """The factor of the update: one number where all experts agree, else (R,) in ``like``'s dtype and device.

@@ -104,10 +104,8 @@ class BlockContainer(Container):
                 f"experts {kind.kind!r} rescale the output of the frozen projection, each in its own way, but a block "
                 "runs the frozen down projection once for all of them"
             )
-        if self.config.experts.dropout > 0 and self.config.experts.expert_dropout == "separate":
-            reasons.append(
-                "expert_dropout 'separate' needs a mask as wide as the block for each expert of a token: set 'shared'"
-            )
+        if self.config.experts.linear_only:
+            reasons.append(self.config.experts.linear_only)
         if reasons:
             raise ConfigError(
                 f"site {self.site.name!r} is an FFN block: {'; '.join(reasons)}. Target the linears of the block by "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
@@ -23,16 +21,16 @@ from .config import BackboneConfig, MixtureConfig
 from .errors import ConfigError
 from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
+from .passes import Passes
 from .routers.base import Router
 from .routing import RoutingContext
-from .scoring import ScoringPass
 from .slot import RoutingSlot
-from .watch import Watch
+from .surface import Surface
 
 logger = logging.getLogger(__name__)
 
 
-class MoELoRAModel(PreTrainedModel):
+class MoELoRAModel(Surface):
     """A frozen backbone that carries containers; behaves as a transformers model.
 
     Attributes:
@@ -60,23 +58,7 @@ class MoELoRAModel(PreTrainedModel):
         self._ignored = vars(self.config).get("keys_to_ignore_at_inference")
         ignored = list(getattr(self.config, "keys_to_ignore_at_inference", ["past_key_values"]))
         self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
-        self._contexts: list[RoutingContext] = []
-        self._scoring = ScoringPass.of(backbone, slot, self.containers())
-        self._watch = Watch()
-        stacks: list[Any] = [backbone]
-        if self.config.is_encoder_decoder:  # each stack has a padding mask of its own
-            stacks += [backbone.get_encoder(), backbone.get_decoder()]
-        # So has a part with an input of another kind, such as a vision tower.
-        towers = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m not in stacks]
-        stacks += [tower for tower in towers if tower.main_input_name != backbone.main_input_name]
-        self._hooks = [
-            hook
-            for stack in stacks
-            for hook in (
-                stack.register_forward_pre_hook(self._enter, with_kwargs=True),
-                stack.register_forward_hook(self._leave, always_call=True),
-            )
-        ]
+        self._passes = Passes(backbone, slot, self.containers())
         if backbone.is_activation_checkpointing:
             self.activation_checkpointing_enable()
 
@@ -119,6 +101,12 @@ class MoELoRAModel(PreTrainedModel):
                 container.fit_router()
             elif container.router is not None and type(container.router).fit is not Router.fit:
                 raise ConfigError(f"the router of {name!r} follows from the experts of one site: set share to 'module'")
+
+    def begin_task(self) -> None:
+        """Freeze the experts of growing banks and add fresh ones; then make a new optimizer. See ``growth.py``."""
+        from .growth import begin_task
+
+        begin_task(self)
 
     @property
     def backbone_config(self) -> BackboneConfig:
@@ -223,41 +211,6 @@ class MoELoRAModel(PreTrainedModel):
         """Unscaled auxiliary losses by name, and the sum of each times its coefficient; see ``moelora/losses.py``."""
         return aux_losses(self.groups(), heard, self.slot.context, step_load)
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before every backbone forward, generation's too: take the padding mask and fit the context to the batch."""
-        before = self.slot.context
-        if not self._contexts:
-            self._watch.begin(self.backbone)
-        self._contexts.append(before)
-        tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if _is_batch(t)), None)
-        if tokens is None:
-            if len(self._contexts) > 1:  # a part of another input: what is known of the text is not true of it
-                self.slot.context = replace(before, token_mask=None, modality_mask=None)
-            return
-        batch, length = tokens.shape[:2]
-        mask = kwargs.get("attention_mask")
-        if mask is None or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-            mask = None
-        else:
-            mask = mask[:, -length:].bool()  # with a KV cache the mask covers the past as well
-        context = before.expand_to(batch)
-        modality = context.modality_mask
-        if modality is not None and modality.shape[1] != length:
-            # Generated tokens are text, the modality 0.
-            total = _tokens_so_far(kwargs, length, modality.shape[1])
-            modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, total - length : total]
-        context = replace(context, token_mask=mask, modality_mask=modality)
-        if self._scoring is not None and self.slot.enabled:
-            context = self._scoring.before(context, args, kwargs)
-        self.slot.context = context
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._scoring is not None:
-            self._scoring.after(output)
-        self.slot.context = self._contexts.pop()
-        if not self._contexts:
-            self._watch.end(self.backbone, completed=output is not None)
-
     @contextmanager
     def routing_context(self, **fields: Any) -> Iterator[None]:
         """Within the block every forward, also those of ``generate``, sees these fields of the routing context.
@@ -296,53 +249,13 @@ class MoELoRAModel(PreTrainedModel):
         finally:
             self.slot.expert_scale = before
 
-    # -- transformers' own surface -------------------------------------------------------------------------------
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the backbone's loss takes ``num_items_in_batch``; the Trainer asks."""
-        declared = getattr(self.backbone, "accepts_loss_kwargs", None)
-        if declared is not None:
-            return bool(declared)
-        parameters = inspect.signature(self.backbone.forward).parameters.values()
-        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-    @property
-    def generation_config(self) -> Any:
-        """The backbone's; setting it sets the backbone's."""
-        return getattr(self.backbone, "generation_config", None)
-
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        self.backbone.generation_config = value
-
-    def can_generate(self) -> bool:  # type: ignore[override]
-        return self.backbone.can_generate()
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's ``generate`` with experts on; takes ``task_ids`` and the like besides its own arguments."""
         fields = {name: kwargs.pop(name) for name in (*RoutingContext.PER_SEQUENCE, "phase") if name in kwargs}
         with self.routing_context(**fields), self.slot.keeping():
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone.resize_token_embeddings(*args, **kwargs).requires_grad_(False)
-
-    def _supports_logits_to_keep(self) -> bool:
-        return bool(self.backbone._supports_logits_to_keep())  # type: ignore[operator]
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        head: nn.Module | None = self.backbone.get_output_embeddings()
-        return head
+    # -- checkpointing -------------------------------------------------------------------------------------------
 
     def activation_checkpointing_enable(
         self,
@@ -396,8 +309,7 @@ class MoELoRAModel(PreTrainedModel):
 
     def unload(self) -> PreTrainedModel:
         """Put the frozen layers back in their places and return the backbone; this model is of no use afterwards."""
-        for hook in self._hooks:
-            hook.remove()
+        self._passes.remove()
         if self._ignored is None:
             vars(self.config).pop("keys_to_ignore_at_inference", None)
         else:
@@ -502,24 +414,6 @@ class MoELoRAModel(PreTrainedModel):
         with torch.no_grad():
             for name, parameter in self.adapter_tensors().items():
                 parameter.copy_(tensors[name])
-
-
-def _is_batch(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2
-
-
-def _tokens_so_far(kwargs: dict[str, Any], length: int, given: int) -> int:
-    """Tokens up to and with this forward, whose own are ``length``; ``generate`` leaves out a mask without padding.
-
-    Args:
-        given: tokens that the caller described, which are those of the prompt.
-    """
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if isinstance(cache, Cache):
-        return int(cache.get_seq_length()) + length
-    if mask is not None and mask.dim() == 2:
-        return int(mask.shape[-1])
-    return given + length if length < given else length
 
 
 def _unpacked_numel(parameter: nn.Parameter) -> int:

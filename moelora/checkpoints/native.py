@@ -210,7 +210,11 @@ def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) 
     for index, (site, names) in enumerate(zip(config.mixture.sites, config.sites, strict=True)):
         stacked = site.experts.total_rank
         own = tuple(f"{name}." for name in names)
-        found = max((max(shape, default=0) for key, shape in shapes.items() if key.startswith(own)), default=0)
+        # A bank that has grown keeps the ranks of older tasks in tensors of their own.
+        mine = {key: max(shape, default=0) for key, shape in shapes.items() if key.startswith(own)}
+        found = sum(
+            max((size for key, size in mine.items() if (".old_" in key) == old), default=0) for old in (False, True)
+        )
         if stacked > found:
             raise CheckpointError(
                 f"{path}: mixture.sites.{index}.experts: num_experts and r ask for a stacked rank of {stacked}, but no "

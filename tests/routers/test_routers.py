@@ -36,7 +36,10 @@ def make(kind: str, **options: Any) -> Router[Any]:
 
 def route(router: Router[Any], x: Tensor, replay: Decision | None = None, **context: Any) -> RoutingRecord:
     context = {"scoring_states": x, **context}  # what a router sees that looks at the whole model first
-    return router.route(RouteInput(x, None, replace(CONTEXT, **context), SITE, replay))
+    low = x.float() @ torch.randn(16, 12, generator=torch.Generator().manual_seed(5))
+    # Numbers that half precision holds, so that they are the same in any dtype.
+    activations = low.bfloat16().to(x.dtype) if router.needs_activations else None
+    return router.route(RouteInput(x, activations, replace(CONTEXT, **context), SITE, replay))
 
 
 def hidden(*shape: int) -> Tensor:
@@ -63,18 +66,19 @@ class TestEveryRouter:
         assert torch.equal(record.weights, exact.weights)
 
     def test_shapes_and_ranges(self, kind: str) -> None:
-        record = route(make(kind).eval(), hidden(2, 7))
-        assert record.num_experts == 6
+        router = make(kind).eval()
+        record, units = route(router, hidden(2, 7)), router.num_units
+        assert record.num_experts == units == (6 if router.level == "expert" else 12)
         assert record.weights.shape[:2] == (2, 7)
         if record.indices is not None:
             assert record.indices.shape == record.weights.shape
-            assert record.indices.min() >= -1 and record.indices.max() < 6
+            assert record.indices.min() >= -1 and record.indices.max() < units
             assert (record.weights[record.indices < 0] == 0).all()
             for row in record.indices.reshape(-1, record.indices.shape[-1]).tolist():
                 chosen = [expert for expert in row if expert >= 0]
                 assert len(set(chosen)) == len(chosen)
         dense = record.dense_weights()
-        assert dense.shape == (2, 7, 6)
+        assert dense.shape == (2, 7, units)
         assert dense.sum(-1).allclose(record.weights.sum(-1))
 
     def test_a_replay_takes_the_choice_and_keeps_the_gradient(self, kind: str) -> None:

@@ -1,0 +1,52 @@
+"""Continual learning: one more task for the banks that grow."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from .config import MixtureConfig, SiteConfig
+from .errors import ConfigError
+from .model import MoELoRAModel
+
+logger = logging.getLogger(__name__)
+
+
+def begin_task(model: MoELoRAModel) -> None:
+    """Freeze the experts of the growing banks (kind ``rank1``) and add fresh ones for the next task.
+
+    Parameters are replaced, so make a new optimizer, or a new Trainer, afterwards. Everything that tells how many
+    experts there are follows, and the model is saved and loaded as any other. An error leaves the model as it was.
+
+    Raises:
+        ConfigError: no bank grows, or the router of one has tensors that were made for the experts there are.
+    """
+    growing = {
+        name: container
+        for name, container in model.containers().items()
+        if any(bank.grows for bank in container.banks())
+    }
+    if not growing:
+        kinds = sorted({site.experts.kind for site in model.mixture.sites})
+        raise ConfigError(f"no experts of this mixture grow (they are of kind {', '.join(kinds)}): take kind 'rank1'")
+    for name, container in growing.items():
+        if container.router is not None and container.router.state_dict():
+            raise ConfigError(
+                f"site {name!r}: router {container.router.kind!r} has tensors for the experts there are, so they "
+                "cannot become more: take router 'moram'"
+            )
+    sites = list(model.mixture.sites)
+    for group in sorted({container.group for container in growing.values()}):
+        site = sites[group]
+        sites[group] = SiteConfig.parse({**site.to_dict(), "experts": site.experts.next_task()})
+    for container in growing.values():
+        config = container.config = sites[container.group]
+        changed = {"ranks": config.experts.ranks, "scales": config.experts.scales}
+        container.site = replace(container.site, **changed)
+        if container.router is not None:
+            container.router.site = replace(container.router.site, **changed)
+        for bank in container.banks():
+            bank.begin_task(config.experts)
+    model.mixture = MixtureConfig(sites=sites)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("a new task at %d sites: %d parameters are trainable; make a new optimizer", len(growing), count)
