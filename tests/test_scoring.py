@@ -141,7 +141,7 @@ def test_an_error_leaves_nothing_behind(tiny_llama: LlamaForCausalLM, failing: s
         with pytest.raises(RuntimeError, match="planted"):
             model(ids, attention_mask=mask)
         hook.remove()
-        assert model.slot.state() == state and model.slot.listeners == [] and model._contexts == []
+        assert model.slot.state() == state and model.slot.listeners == [] and model._passes.contexts == []
         with model.disable_experts():
             assert torch.equal(model(ids, attention_mask=mask).logits, base)
         assert torch.equal(model(ids, attention_mask=mask).logits, mixed)

@@ -172,7 +172,7 @@ def test_a_projection_that_is_never_called_is_refused(kind: str, training: bool)
     for _ in range(2):
         with pytest.raises(ConfigError, match=words):
             model(ids)
-    assert not model._contexts and not any(m._forward_hooks for m in model.containers().values())
+    assert not model._passes.contexts and not any(m._forward_hooks for m in model.containers().values())
     backbone = model.unload()
     attached(backbone, "in_proj")(ids)
 
@@ -208,7 +208,7 @@ def test_layers_that_are_skipped_on_purpose_are_not_refused(tiny_llama: LlamaFor
     first = model(ids).logits
     tiny_llama.model.layers[1].skip = False
     assert not torch.equal(model(ids).logits, first)
-    assert not any(model._watch._unseen.values())
+    assert not any(model._passes.watch._unseen.values())
 
 
 def test_the_watch_leaves_no_hook_and_looks_once_in_each_mode(tiny_llama: LlamaForCausalLM) -> None:
@@ -220,7 +220,7 @@ def test_the_watch_leaves_no_hook_and_looks_once_in_each_mode(tiny_llama: LlamaF
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     for training in (True, False):
         model.train(training)(ids)
-        assert model._watch._unseen[training] == set()
+        assert model._passes.watch._unseen[training] == set()
         assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
@@ -230,7 +230,7 @@ def test_generation_of_an_encoder_decoder_is_no_reason_to_refuse() -> None:
     ids = torch.randint(3, 64, (2, 5))
     options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
-    assert model._watch._unseen[False] == set()
+    assert model._passes.watch._unseen[False] == set()
 
 
 def test_the_text_mask_is_not_taken_for_the_images() -> None:

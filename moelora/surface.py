@@ -1,0 +1,59 @@
+"""What transformers asks of a model besides its forward, answered by the backbone."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Surface(PreTrainedModel):
+    """A transformers model that hands on to ``backbone`` what it does not change.
+
+    Attributes:
+        backbone: the model inside.
+    """
+
+    backbone: PreTrainedModel
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the backbone's loss takes ``num_items_in_batch``; the Trainer asks."""
+        declared = getattr(self.backbone, "accepts_loss_kwargs", None)
+        if declared is not None:
+            return bool(declared)
+        parameters = inspect.signature(self.backbone.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's; setting it sets the backbone's."""
+        return getattr(self.backbone, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.backbone.generation_config = value
+
+    def can_generate(self) -> bool:  # type: ignore[override]
+        return self.backbone.can_generate()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.resize_token_embeddings(*args, **kwargs).requires_grad_(False)
+
+    def _supports_logits_to_keep(self) -> bool:
+        return bool(self.backbone._supports_logits_to_keep())  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        head: nn.Module | None = self.backbone.get_output_embeddings()
+        return head
