@@ -31,8 +31,8 @@ PACKAGES = (
 )
 
 
-# Variables that change how fast torch works on a CPU.
-SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# Variables that change how fast a CPU works.
+SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MOELORA_CPP")
 
 
 def env(as_json: AsJson = False) -> None:

@@ -54,7 +54,8 @@ def library() -> ctypes.CDLL | None:
         if wish == "1":
             raise UserError(f"MOELORA_CPP=1, but the CPU kernels cannot be built: {error}") from error
         if not isinstance(error, FileNotFoundError):  # no compiler is no fault
-            logger.warning("the CPU kernels cannot be built, the slower torch code is used: %s", error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("the CPU kernels cannot be built, the slower torch code is used: %s", reason)
         return None
 
 
@@ -73,15 +74,23 @@ def compiler() -> str:
     return found
 
 
-def _load() -> ctypes.CDLL:
+def name_of_build() -> str:
+    """A name for these sources, this compiler and this processor.
+
+    Raises:
+        FileNotFoundError: there is no compiler, or no ninja.
+    """
     target = subprocess.run(  # noqa: S603
         [compiler(), *FLAGS, "-dM", "-E", "-x", "c++", os.devnull], check=True, capture_output=True
     ).stdout
     digest = hashlib.sha256(target + " ".join(FLAGS).encode())
     for source in SOURCES + HEADERS:
         digest.update(source.read_bytes())
-    name = f"moelora_{digest.hexdigest()[:16]}"
+    return f"moelora_{digest.hexdigest()[:16]}"
 
+
+def _load() -> ctypes.CDLL:
+    name = name_of_build()
     # Imported here: it brings setuptools, which takes a while and writes to the log.
     from torch.utils import cpp_extension
 
@@ -92,9 +101,8 @@ def _load() -> ctypes.CDLL:
     done = folder / "done"  # a build that was killed leaves a library that is not whole
     with FileLock(folder / "moelora.lock"):
         if not done.exists():
-            (folder / "lock").unlink(
-                missing_ok=True
-            )  # torch's own, which a killed build leaves and all others wait for
+            # Torch's own lock, which a killed build leaves behind and every later one waits for.
+            (folder / "lock").unlink(missing_ok=True)
             logger.warning("building the CPU kernels, once for this machine (MOELORA_CPP=0 does without them)")
             start = time.monotonic()
             cpp_extension.load(
