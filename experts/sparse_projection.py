@@ -137,6 +137,8 @@ def stack_tasks(
         raise ConfigError(f"weights are {weights}: give each of the {count} tasks a number above 0")
     if site.router is None or site.router.kind != "flylora":
         raise ConfigError("only adapters with router 'flylora' are stacked: it alone can choose within each task")
+    if experts.num_experts > 1 and site.router.within == "site":
+        raise ConfigError("the ranks of several experts were chosen among all: train with router.within 'expert'")
     if any(task.keys() != tasks[0].keys() for task in tasks):
         raise ConfigError("the tasks have tensors of different names: train them all with one site configuration")
     stacked = {
