@@ -82,8 +82,9 @@ void moelora_from_ranks(const Slots* s, const float* y, const Factors* m, float*
     for (int64_t q = 0; q < most; q++) sums[q] = sum + q * COLS;
     for_blocks(*s, share(columns, omp_get_thread_num(), omp_get_num_threads()),
                [&](int64_t e, int64_t edge, int64_t ranks, int64_t c0, int count) {
-      if (!ranks) return;
-      if (out) pack(*m, edge, ranks, c0, count, tile);
+      const bool idle = s->offset[e] == s->offset[e + 1];
+      if (!ranks || (idle && !d_m)) return;
+      if (out && !idle) pack(*m, edge, ranks, c0, count, tile);
       if (d_m) std::memset(sum, 0, sizeof(float) * ranks * COLS);
       for_groups(*s, e, [&](int64_t n, int rows) {
         float* to[ROWS];

@@ -141,7 +141,7 @@ def decoding(model: nn.Module, ids_BS: Tensor) -> Callable[[], None]:
     @torch.no_grad()
     def one_token() -> None:
         model(input_ids=ids_BS[:, PROMPT : PROMPT + 1], past_key_values=cache, use_cache=True)
-        cache.crop(PROMPT)
+        cache.crop(-1)
 
     return one_token
 
