@@ -48,7 +48,8 @@ void forward_rows(const Mix& x, const Slots& s, int64_t n0, int rows, int64_t c0
   }
 }
 
-// p and u become the gradients of the pre-activations, a the activation that A_down saw; v holds d_down A_down.
+// p and u become the gradients of the pre-activations, a the activation that A_down saw; v holds d_mix + d_down A_down, or
+// without d_mix where a mask comes between.
 template <int FORMULA>
 void backward_rows(const Mix& x, const Slots& s, const MixGradients& g, int64_t n0, int rows, int64_t c0, int columns,
                    Buffer& p, Buffer& u, Buffer& v, Buffer& a, float* d_weight, int64_t step) {
@@ -60,9 +61,8 @@ void backward_rows(const Mix& x, const Slots& s, const MixGradients& g, int64_t 
     float *pi = p.row[i], *ui = u.row[i], *vi = v.row[i], *ai = a.row[i];
     V dot{};
     for_vectors(columns, [&](int c, int count) {
-      V slope, act = activate<FORMULA>(load(pi + c, count), &slope), y = act, d = load(g.d_mix + at + c, count);
-      const V k = keep ? load(keep + c, count) : splat(1.f);
-      if (down) d += k * load(vi + c, count);
+      V slope, act = activate<FORMULA>(load(pi + c, count), &slope), y = act, d = load(vi + c, count), k = splat(1.f);
+      if (keep) d = load(g.d_mix + at + c, count) + (k = load(keep + c, count)) * d;
       V other{};
       if (gated) y *= other = load(ui + c, count);
       dot += y * d;
@@ -176,6 +176,7 @@ void moelora_mix_forward(const Slots* s, const Mix* x, float* mix, float* down) 
 void moelora_mix_backward(const Slots* s, const Mix* x, const MixGradients* g) {
   // Of every slot: the gradients of its two low-rank activations, and that of its weight.
   const int64_t Q = s->width, most = largest_rank(*s), slots = s->offset[s->experts], step = 2 * Q + 1;
+  const float zeros[COLS] = {};
   std::vector<float> parts(x->threads * slots * step);
 #pragma omp parallel num_threads(x->threads)
   {
@@ -195,9 +196,10 @@ void moelora_mix_backward(const Slots* s, const Mix* x, const MixGradients* g) {
       for_groups(*s, e, [&](int64_t n, int rows) {
         float* to = part + n * step;
         own.pre_activations(*s, n, rows, p, u);
+        const float* from[ROWS];
+        for (int i = 0; i < rows; i++) from[i] = x->keep.data ? zeros : g->d_mix + s->token[n + i] * x->columns + c0;
+        expand(rows, x->A_down.data ? ranks : 0, g->d_down + n * Q, Q, 1, own.A_down, from, v.row, count);
         if (x->A_down.data) {
-          for (int i = 0; i < rows; i++) std::memset(v.row[i], 0, sizeof(float) * COLS);
-          expand(rows, ranks, g->d_down + n * Q, Q, 1, own.A_down, v.row, v.row, count);
           for (int64_t i = 0; i < rows * Q; i++) weighted[i] = g->d_down[n * Q + i] * x->weight[n + i / Q];
         }
         with_formula(x->formula, [&](auto f) {
