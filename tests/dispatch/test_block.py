@@ -72,7 +72,7 @@ def test_any_number_of_tokens(name: str, tokens: int, act: Activation) -> None:
     assert_agrees(name, make(indices_TK, ranks=ranks, inner=300, width=40, keep=True), act)
 
 
-@pytest.mark.parametrize("act", [F.relu, torch.square, torch.nn.Identity(), torch.nn.SiLU()], ids=str)
+@pytest.mark.parametrize("act", [F.relu, torch.square, torch.nn.Identity(), torch.nn.SiLU()], ids=["relu", "square", "identity", "silu"])
 @pytest.mark.parametrize("name", ["sorted", "masked"])
 def test_any_activation(name: str, act: Callable[[Tensor], Tensor]) -> None:
     for case in (make(), make(gated=False), make(unit=True), make(gated=False, activated=False)):
@@ -217,14 +217,14 @@ def test_rows_that_no_expert_takes_have_no_gradient(name: str) -> None:
 
 
 def test_the_choice_needs_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make()
-    single = case.to(torch.float32).inputs()
+    case = make(torch.zeros(33, 1, dtype=torch.long))
+    single, few = case.to(torch.float32).inputs(), make().inputs()
     monkeypatch.setattr(extension, "library", lambda: object())
     assert choose(single, SILU) == "compiled"
     assert choose(single, Activation(F.relu)) == "sorted"
     assert choose(case.inputs(), SILU) == "sorted"
-    meta = replace(single, activated_TF=single.activated_TF.to("meta"))
-    assert choose(meta, SILU) == "masked"
+    assert choose(few, SILU) == "masked"
+    assert choose(replace(single, activated_TF=single.activated_TF.to("meta")), SILU) == "masked"
     monkeypatch.setattr(extension, "library", lambda: None)
     assert choose(single, SILU) == "sorted"
 
