@@ -46,11 +46,21 @@ __all__ = [
 Implementation = Literal["auto", "compiled", "sorted", "masked", "reference"]
 
 
+# Below this many tokens sorting them costs more than it saves.
+FEW_TOKENS = 32
+
+
 def choose(inputs: BlockInputs, activation: Activation) -> Implementation:
     """The implementation that is fastest for these inputs, without looking at their values."""
+    # Measured with 8 experts of rank 8, two per token, in a 576/1536 block on one core, as a multiple of the frozen
+    # block. Training, 2048 tokens: compiled 1.3, sorted 1.7, masked 2.2. No gradients: 1 token 2.3, 2.9, 2.5; 16 tokens
+    # 1.6, 2.3, 1.8; 128 tokens 1.3, 1.5, 1.9.
+    tokens = inputs.activated_TF.shape[0]
     if inputs.activated_TF.device.type != "cpu" or torch.compiler.is_compiling():
         return "masked"
-    return "compiled" if usable(inputs, activation) else "sorted"
+    if usable(inputs, activation):
+        return "compiled"
+    return "masked" if tokens <= FEW_TOKENS else "sorted"
 
 
 def reference(
