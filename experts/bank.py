@@ -6,7 +6,7 @@ Shapes: D in, O out, E experts, R stacked rank (sum of the experts' ranks).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -150,7 +150,9 @@ class ExpertBank(nn.Module):
         Args:
             factors: run-time factors of single experts, by index.
         """
-        each = [scale * factors.get(expert, 1.0) for expert, scale in enumerate(self.config.scales)]
+        each: Sequence[float] = self.config.scales
+        if factors:
+            each = [scale * factors.get(expert, 1.0) for expert, scale in enumerate(each)]
         if len(set(each)) == 1:
             return each[0]
         return torch.tensor(
@@ -161,7 +163,9 @@ class ExpertBank(nn.Module):
 
     def dropped(self, hidden_states: Tensor) -> Tensor:
         """The input after dropout, in training."""
-        return F.dropout(hidden_states, self.config.dropout, self.training and self.config.dropout > 0)
+        if not self.training or self.config.dropout == 0:
+            return hidden_states
+        return F.dropout(hidden_states, self.config.dropout)
 
     def down(self) -> Tensor:
         """(R, D) what multiplies the input, all experts stacked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ class Container(nn.Module):
             return None
         context = self.slot.context
         replay = self.slot.next_replay()
-        # Autocast would turn the router's float32 products back into half precision.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        # Autocast would turn the router's float32 products back into half precision. To switch it off costs as much as
+        # several products of one token, so only where it is on.
+        device = hidden_states.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
         mask = context.token_mask
         tokens = hidden_states.shape[:-1]

@@ -30,6 +30,7 @@ ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "moelora_sort": [ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS, ADDRESS, ADDRESS],
     "moelora_any": [ADDRESS, NUMBER],
+    "moelora_few": [*[ADDRESS] * 2, *[NUMBER] * 2, ADDRESS, NUMBER, *[ADDRESS] * 3, *[NUMBER] * 2, ADDRESS],
     "moelora_to_ranks": [ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER],
     "moelora_from_ranks": [ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, NUMBER, NUMBER],
     "moelora_mix_forward": [ADDRESS, ADDRESS, ADDRESS, ADDRESS],

@@ -39,10 +39,10 @@ def routed(out: Tensor, hidden: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Ga
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return routed(out, hidden.to(torch.get_autocast_dtype(device)), lora_A, lora_B, gate)
     lora_A, lora_B = lora_A.to(hidden.dtype), lora_B.to(hidden.dtype)
-    with torch.autocast(device, enabled=False):
-        return IMPLEMENTATIONS[choose(out, hidden, gate)](out, hidden, lora_A, lora_B, gate)
+    return IMPLEMENTATIONS[choose(out, hidden, gate)](out, hidden, lora_A, lora_B, gate)
 
 
 def choose(out: Tensor, hidden: Tensor, gate: Gate) -> str:

@@ -16,7 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from . import extension
 from .gate import Gate, may_overwrite
-from .slots import Slots, by_column, by_rank
+from .slots import Slots, add_few, by_column, by_rank
+
+# Slots that are not worth sorting: those of a few tokens that are being generated.
+FEW = 32
 
 
 def usable(hidden: Tensor) -> bool:
@@ -36,6 +39,12 @@ def compiled(out: Tensor, hidden: Tensor, lora_A: Tensor, lora_B: Tensor, gate: 
         lora_B = lora_B * gate.scale.to(lora_B.dtype)
     else:
         weights_TK = weights_TK * gate.scale
+    if indices_TK.numel() <= FEW and not torch.is_grad_enabled():
+        out = out.contiguous()
+        out_TO, x_TD = out.view(-1, out.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        given = (x_TD, lora_A, lora_B, indices_TK, weights_TK)
+        add_few(gate.ranks, out_TO, *(tensor.contiguous() for tensor in given))
+        return out
     result: Tensor = _Compiled.apply(  # type: ignore[no-untyped-call]
         Slots(indices_TK, gate.ranks), out, hidden.contiguous(), lora_A.contiguous(), lora_B.contiguous(), weights_TK
     )

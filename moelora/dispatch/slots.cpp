@@ -40,6 +40,32 @@ int64_t moelora_any(const float* x, int64_t count) {
   return 0;
 }
 
+// out[t] += w B_e A_e x[t] for every slot of a few tokens, without sorting them. x (T, D), out (T, O), A (R, D) and
+// B (O, R) have no gaps.
+void moelora_few(const int64_t* index, const float* weight, int64_t tokens, int64_t slots, const int64_t* edge,
+                 int64_t experts, const float* x, const float* A, const float* B, int64_t D, int64_t O, float* out) {
+  const int64_t R = edge[experts];
+  std::vector<float> low(R);
+  for (int64_t n = 0; n < tokens * slots; n++) {
+    if (index[n] < 0 || index[n] >= experts) continue;
+    const float* own = x + n / slots * D;
+    float* to = out + n / slots * O;
+    const int64_t first = edge[index[n]], last = edge[index[n] + 1];
+    for (int64_t q = first; q < last; q++) {
+      V sum{};
+      for_vectors(static_cast<int>(D), [&](int c, int count) {
+        sum += load(A + q * D + c, count) * load(own + c, count);
+      });
+      low[q] = total(sum) * weight[n];
+    }
+    for (int64_t o = 0; o < O; o++) {
+      float sum = 0;
+      for (int64_t q = first; q < last; q++) sum += B[o * R + q] * low[q];
+      to[o] += sum;
+    }
+  }
+}
+
 // y[n, q] = scale_q sum_c x[token n, c] m_e[q, c], zero beyond an expert's rank.
 void moelora_to_ranks(const Slots* s, const Rows* x, int64_t columns, const Factors* m, float* y, int64_t threads) {
   const int64_t Q = s->width, most = largest_rank(*s), slots = s->offset[s->experts];

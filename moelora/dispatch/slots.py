@@ -7,6 +7,7 @@ N occupied slots sorted by expert, Q the largest rank of an expert.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -73,6 +74,31 @@ def rowwise(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 and tensor.stride(0) >= tensor.shape[-1] else tensor.contiguous()
 
 
+@functools.cache
+def edges(ranks: tuple[int, ...]) -> Tensor:
+    """(E + 1,) int64: where the ranks of each expert start in the stack; the last is R."""
+    return torch.tensor(list(accumulate(ranks, initial=0)))
+
+
+def add_few(
+    ranks: Sequence[int],
+    out_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+) -> None:
+    """Add ``sum_k w_k B_e A_e x`` to ``out``, slot by slot without sorting them; no tensor may have gaps."""
+    kernels = extension.library()
+    assert kernels is not None
+    tokens, slots = indices_TK.shape
+    kernels.moelora_few(
+        at(indices_TK), at(weights_TK), tokens, slots, at(edges(tuple(ranks))), len(ranks),
+        at(x_TI), at(A_RI), at(B_OR), x_TI.shape[1], out_TO.shape[1], at(out_TO),
+    )  # fmt: skip
+
+
 class Slots:
     """The occupied slots, sorted by expert, and the products with the experts' factors over them.
 
@@ -92,7 +118,7 @@ class Slots:
         indices_TK = indices_TK.contiguous()
         slot, self.token = (torch.empty(tokens * slots, dtype=torch.long) for _ in range(2))
         self.offset = torch.empty(len(ranks) + 1, dtype=torch.long)
-        self.edge = torch.tensor(list(accumulate(ranks, initial=0)))
+        self.edge = edges(tuple(ranks))
         kernels.moelora_sort(at(indices_TK), tokens, slots, len(ranks), at(slot), at(self.token), at(self.offset))
         self.count, self.width = int(self.offset[-1]), max(ranks)
         self.slot_N = slot[: self.count]

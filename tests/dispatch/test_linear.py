@@ -98,6 +98,23 @@ def test_every_implementation_agrees_with_the_loop(
     same(name, given, Gate(chosen, indices, ranks, 0.5), 1e-12 if exact else 1e-5, atol)
 
 
+@pytest.mark.parametrize("scale", [0.5, "each"])
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("name", ONE_NODE)
+def test_a_token_without_gradients_is_the_same(name: str, ranks: Sequence[int], scale: float | str) -> None:
+    usable(name)
+    for tokens in (1, 3, 40):  # few are not worth sorting
+        out, x, A, B, weights = (t.detach() for t in make(ranks, tokens, torch.float32, width=37))
+        indices = torch.where(torch.rand(tokens, 2) < 0.2, -1, torch.rand(tokens, 3).argsort(-1)[:, :2])
+        gate = Gate(weights[:, :2], indices, ranks, torch.rand(sum(ranks)) if scale == "each" else 0.5)
+        expected = linear.reference(out, x, A, B, gate)
+        with torch.no_grad():
+            found = IMPLEMENTATIONS[name](out.clone(), x, A, B, gate)
+            strided = IMPLEMENTATIONS[name](out.T.contiguous().T, x.T.contiguous().T, A, B, gate)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(strided, expected)
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_every_rank_may_have_a_factor_of_its_own(name: str) -> None:
     usable(name)
