@@ -8,7 +8,9 @@ import typer
 
 from .common import AsJson, print_json, stdout
 
-zoo = typer.Typer(no_args_is_help=True, help="List the methods of the zoo, and show one.")
+zoo = typer.Typer(
+    no_args_is_help=True, help="List the methods of the zoo, and show one.\n\nExample: `moelora zoo show mixlora`"
+)
 
 Pattern = Annotated[str, typer.Argument(help="Names to list; `*` stands for anything, such as `x*`.")]
 Name = Annotated[str, typer.Argument(help="The name of a card, as `moelora zoo list` prints it.")]
