@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SiteConfig
+from ..dispatch.gate import autocasts
 from ..errors import ConfigError
 from ..registry import EXPERTS, ROUTERS
 from ..routers.base import Router
@@ -73,7 +74,7 @@ class Container(nn.Module):
         # Autocast would turn the router's float32 products back into half precision. To switch it off costs as much as
         # several products of one token, so only where it is on.
         device = hidden_states.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
         mask = context.token_mask
         tokens = hidden_states.shape[:-1]

@@ -59,6 +59,11 @@ def over_ranks(weights: Tensor, ranks: Sequence[int]) -> Tensor:
     return weights.repeat_interleave(torch.tensor(ranks, device=weights.device), dim=-1, output_size=total)
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; some, such as ``meta``, do not have it."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def may_overwrite(out: Tensor) -> bool:
     """Whether the node that adds to ``out`` may do so in place.
 

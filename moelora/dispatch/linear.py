@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from . import linear_compiled, linear_sorted
 from .gate import Gate as Gate
-from .gate import may_overwrite
+from .gate import autocasts, may_overwrite
 from .gate import over_ranks as over_ranks
 
 
@@ -38,7 +38,7 @@ def routed(out: Tensor, hidden: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Ga
         hidden: (..., D) input after dropout. lora_A: (R, D), lora_B: (O, R) stacked experts, in any dtype.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         with torch.autocast(device, enabled=False):
             return routed(out, hidden.to(torch.get_autocast_dtype(device)), lora_A, lora_B, gate)
     lora_A, lora_B = lora_A.to(hidden.dtype), lora_B.to(hidden.dtype)

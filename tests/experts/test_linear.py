@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import moelora
+from moelora.dispatch import linear as dispatch
+from moelora.dispatch.extension import library
 from moelora.experts import LinearContainer, build
+from moelora.routing import RoutingContext
 
 SITE: dict[str, Any] = {
     "target": "any",
@@ -105,3 +109,80 @@ def test_a_container_by_itself_can_be_traced() -> None:
         container(torch.randn(4, 64))
         container(torch.randn(2, 3, 64))
     assert [record.indices.shape for record in tape[""]] == [(4, 2), (2, 3, 2)]
+
+
+# -- the implementations, inside a container ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["plain", "fused", "sorted", "compiled"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every site takes this implementation."""
+    if request.param == "compiled" and library() is None:
+        pytest.skip("no C++ compiler and ninja here")
+    monkeypatch.setattr(dispatch, "choose", lambda *_: request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("make", [dense, conv1d, nf4])
+def test_every_implementation_leaves_every_kind_of_base_its_gradient(implementation: str, make: Any) -> None:
+    container = filled(make())
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    upstream = torch.randn(2, 5, 48)
+    found = []
+    for function in (container, lambda hidden: expected(container, hidden)):
+        container.zero_grad()
+        x.grad = None
+        out = function(x)
+        (out * upstream).sum().backward()
+        found.append([out.detach(), x.grad, *(t.grad.clone() for t in container.adapter_tensors().values())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_repeats_every_implementation_bit_for_bit(
+    implementation: str, tiny_llama: LlamaForCausalLM
+) -> None:
+    site = {**SITE, "target": ["q_proj", "down_proj"]}
+    model = moelora.attach(tiny_llama, {"sites": [site]}).train()
+    for name, tensor in model.adapter_tensors().items():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(tensor, std=0.3)
+    ids = torch.randint(0, 64, (2, 9))
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(t.grad.clone() for t in model.adapter_tensors().values())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_site_is_one_graph_for_torch_compile() -> None:
+    container = build(nn.Linear(64, 48).requires_grad_(False), {**SITE, "experts": {"num_experts": 8, "r": 2}})
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    traced = torch.compile(container, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x), container(x))
+
+
+def test_the_backbone_with_its_sites_is_one_graph_for_torch_compile(tiny_llama: LlamaForCausalLM) -> None:
+    model = moelora.attach(tiny_llama, {"sites": [{**SITE, "target": ["q_proj", "down_proj"]}]})
+    ids = torch.randint(0, 64, (2, 9))
+    expected_logits = model.backbone(
+        input_ids=ids
+    ).logits  # the first forward of all also sets up transformers' own hooks
+    traced = torch.compile(lambda ids: model.backbone(input_ids=ids).logits, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(ids), expected_logits)
+
+
+def test_nothing_is_read_back_to_the_host() -> None:
+    """Tensors without data refuse to be read, as a GPU's would make the host wait."""
+    site = {**SITE, "experts": {"num_experts": 64, "r": 8, "alpha": 8.0}}
+    container = build(nn.Linear(64, 48).requires_grad_(False), site).to("meta")
+    container.slot.context = RoutingContext(token_mask=torch.ones(2, 5, dtype=torch.bool, device="meta"))
+    x = torch.randn(2, 5, 64, device="meta", requires_grad=True)
+    with moelora.trace(container) as tape:
+        out = container(x)
+    losses = container.router.losses(tape[""], container.slot.context)
+    (out.sum() + losses["load_balance"] + losses["router_z"]).backward()
+    assert x.grad.shape == x.shape and container.lora_B.grad.shape == (48, 512)
