@@ -277,10 +277,14 @@ def _errors(
 
     def measure(container: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(container, Container)
-        name, x, mask = container.site.name, args[0], model.slot.context.token_mask
+        context = model.slot.context
+        if context.scoring_pass:
+            return
+        name, x, mask = container.site.name, args[0], context.token_mask
         parts = [merged[name](x) - output, output, output - container.base(x)]
-        if mask is not None and mask.shape == x.shape[:-1]:
-            parts = [part[mask] for part in parts]
+        tokens = x.shape[:-1]
+        if mask is not None and (mask.shape == tokens or (len(tokens) == 1 and mask.numel() == tokens.numel())):
+            parts = [part[mask.reshape(tokens)] for part in parts]
         squares = torch.stack([part.double().square().sum() for part in parts])
         sums[name] = sums.get(name, 0) + squares
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class Passes:
             stacks += [backbone.get_encoder(), backbone.get_decoder()]
         # So has a part with an input of another kind, such as a vision tower.
         towers = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m not in stacks]
-        stacks += [tower for tower in towers if tower.main_input_name != backbone.main_input_name]
+        towers = [tower for tower in towers if tower.main_input_name != backbone.main_input_name]
+        stacks += towers
+        self.towers = [tower for tower in towers if tower.main_input_name != "input_ids"]
         self.hooks = [
             hook
             for stack in stacks
@@ -56,20 +58,23 @@ class Passes:
         if not self.contexts:
             self.watch.begin(self.backbone)
         self.contexts.append(before)
-        tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if _is_batch(t)), None)
+        # A tower's first argument is its images or sounds, of which a sequence may have several.
+        first = () if module in self.towers else args
+        tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *first) if _is_batch(t)), None)
         if tokens is None:
             if len(self.contexts) > 1:  # a part of another input: what is known of the text is not true of it
                 self.slot.context = replace(before, token_mask=None, modality_mask=None)
             return
         batch, length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
-        if mask is None or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        if not _is_padding_mask(mask) or mask.shape[0] != batch or mask.shape[1] < length:
             mask = None
         else:
             mask = mask[:, -length:].bool()  # with a KV cache the mask covers the past as well
         context = before.expand_to(batch)
         modality = context.modality_mask
-        if modality is not None and modality.shape[1] != length:
+        # In generate, which has selections, it is the prompt's, even where a later forward has as many tokens.
+        if modality is not None and (modality.shape[1] != length or context.selections is not None):
             # Generated tokens are text, the modality 0.
             total = _tokens_so_far(kwargs, length, modality.shape[1])
             modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, total - length : total]
@@ -90,15 +95,20 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() >= 2
 
 
+def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
+    """Not so the masks of a static cache: of four dimensions, or one for each kind of layer in a dict."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
 def _tokens_so_far(kwargs: dict[str, Any], length: int, given: int) -> int:
     """Tokens up to and with this forward, whose own are ``length``; ``generate`` leaves out a mask without padding.
 
     Args:
         given: tokens that the caller described, which are those of the prompt.
     """
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache):
         return int(cache.get_seq_length()) + length
-    if mask is not None and mask.dim() == 2:
-        return int(mask.shape[-1])
+    if _is_padding_mask(kwargs.get("attention_mask")):
+        return int(kwargs["attention_mask"].shape[-1])
     return given + length if length < given else length

@@ -66,10 +66,14 @@ def layer_of(path: str) -> int | None:
 
 
 def sharing_key(path: str, share: str) -> str:
-    """Sites of one configuration with the same key have one router; ``share`` as in ``RouterConfig``."""
-    if share == "parent":
-        return path.rpartition(".")[0]
-    return {"module": path, "layer": str(layer_of(path)), "all": ""}[share]
+    """Sites of one configuration with the same key have one router; ``share`` as in ``RouterConfig``.
+
+    A layer is known by its path, since encoders, decoders and towers have layers of the same index.
+    """
+    names = path.split(".")
+    layer = next((names[: depth + 1] for depth, name in enumerate(names) if name.isdigit()), [])
+    keys = {"module": names, "parent": names[:-1], "layer": layer, "all": []}
+    return ".".join(keys[share])
 
 
 def refuse_overlaps(matched: list[list[str]]) -> None:

@@ -22,6 +22,7 @@ class _Frame:
         self.slot = slot
         self.state = slot.state()
         self.decisions: list[Decision] = []
+        self.outer: _Frame | None = None
 
 
 class _Recording(AbstractContextManager[None]):
@@ -29,16 +30,15 @@ class _Recording(AbstractContextManager[None]):
 
     def __init__(self, frame: _Frame) -> None:
         self.frame = frame
-        self.before: list[_Frame | None] = []
 
     def __enter__(self) -> None:
         slot = self.frame.slot
-        self.before.append(slot.frame)
+        self.frame.outer = slot.frame
         self.frame.state = slot.state()
         slot.frame = self.frame
 
     def __exit__(self, *error: object) -> None:
-        self.frame.slot.frame = self.before.pop()
+        self.frame.slot.frame = self.frame.outer
 
 
 class _Replaying(AbstractContextManager[None]):
@@ -97,11 +97,17 @@ class RoutingSlot:
         self.context, self.enabled, self.expert_scale = state
 
     def publish(self, site: SiteInfo, record: RoutingRecord) -> None:
-        """Hand a fresh record to the listeners; in a recomputation nothing is published."""
+        """Hand a fresh record to the listeners; in a recomputation nothing is published.
+
+        Segments may lie in each other: the recomputation of the outer one repeats what the inner one decided, and
+        records it for the recomputation of the inner one.
+        """
+        frame = self.frame
+        while frame is not None:
+            frame.decisions.append(record.decision())
+            frame = frame.outer
         if self.replay is not None:
             return
-        if self.frame is not None:
-            self.frame.decisions.append(record.decision())
         for listener in self.listeners:
             listener(site, record)
 

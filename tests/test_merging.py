@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 import moelora
 from moelora.backbone import backbone_config, load_backbone
@@ -231,3 +231,44 @@ def test_a_quantised_backbone_becomes_dense_and_can_be_saved(
     merged.save_pretrained(tmp_path / "merged")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(again(ids()).logits, merged(ids()).logits)
+
+
+def test_a_scoring_pass_is_no_part_of_the_errors(tiny_llama: LlamaForCausalLM) -> None:
+    model = attached(tiny_llama, site("q_proj", "lora", {"kind": "xlora"}))
+    name = next(iter(model.containers()))
+    container = model.containers()[name]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if not model.slot.context.scoring_pass:
+            seen.append((args[0], out))
+
+    handle = container.register_forward_hook(hook)
+    with torch.no_grad():
+        model(ids())
+    handle.remove()
+    result = merge(model, approximate=True, batches=[{"input_ids": ids()}])
+    [(rows_in, rows_out)] = seen
+    wrong = result.backbone.get_submodule(name)(rows_in) - rows_out
+    assert result.sites[name].output_error == pytest.approx((wrong.norm() / rows_out.norm()).item(), rel=1e-3)
+
+
+def test_errors_leave_padding_out_where_the_backbone_makes_one_row_of_all_tokens() -> None:
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        pad_token_id=1,
+    )
+    batch = batches()[0]
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])}
+    errors = []
+    for given in (batch, other):
+        torch.manual_seed(0)
+        model = attached(OPTForCausalLM(config), site("fc1", "lora", TOPK))
+        errors.append(next(iter(merge(model, approximate=True, batches=[given]).sites.values())).output_error)
+    assert errors[0] is not None and errors[0] == pytest.approx(errors[1], rel=1e-5)

@@ -233,6 +233,19 @@ def test_generation_of_an_encoder_decoder_is_no_reason_to_refuse() -> None:
     assert model._passes.watch._unseen[False] == set()
 
 
+def test_layers_of_encoder_and_decoder_share_no_router() -> None:
+    backbone = made("T5", T5, cls="ForConditionalGeneration")
+    model = moelora.attach(
+        backbone,
+        {"sites": [{"target": "q", "experts": {"num_experts": 2}, "router": {"kind": "topk", "share": "layer"}}]},
+    )
+    routers: dict[str, set[int]] = {}
+    for name, container in model.containers().items():
+        routers.setdefault(".".join(name.split(".")[:3]), set()).add(id(container.router))
+    assert all(len(found) == 1 for found in routers.values())
+    assert len(set().union(*routers.values())) == len(routers) == 2 * len(backbone.encoder.block)
+
+
 def test_the_text_mask_is_not_taken_for_the_images() -> None:
     """A tower of images with as many patches as there are words would have its patches masked as padding."""
     model = attached(made("CLIP", CLIP, cls="Model"), "q_proj")

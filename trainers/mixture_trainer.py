@@ -33,8 +33,9 @@ class MixtureTrainer(CheckpointingTrainer):
     Args:
         model: the mixture. args: as for the Trainer.
         step_balance: balance the experts over the whole optimizer step, all micro-batches and ranks, instead of over
-            each micro-batch by itself weighted by its share of the step. The auxiliary loss then does not depend on
-            how a step is cut up; it costs one more forward of every micro-batch, without gradients.
+            each micro-batch by itself weighted by its share of the step. A load-balance loss that is pooled over all
+            sites then does not depend on how a step is cut up; what a router balances within single sites or sequences
+            is left as it is. It costs one more forward of every micro-batch, without gradients.
         router_learning_rate: learning rate of the routers' parameters; ``None`` means that of everything else.
         **trainer: any other argument of the Trainer.
 
