@@ -252,12 +252,12 @@ class RoutingRecord:
         return dense.repeat_interleave(torch.tensor(ranks, device=dense.device), dim=-1)
 
     def counts(self, mask: Tensor | None = None) -> Tensor:
-        """(E,) float64: how often each expert was chosen by real tokens (dense routing: the sum of its weights)."""
+        """(E,) float64: how often each expert was chosen by real tokens (dense routing: the sum of |weight|)."""
         mask = self.mask if mask is None else mask
         with torch.no_grad():
             real = None if mask is None else mask.unsqueeze(-1).double()
             if self.indices is None:
-                weights = self.weights.double() if real is None else self.weights.double() * real
+                weights = self.weights.double().abs() if real is None else self.weights.double().abs() * real
                 return weights.reshape(-1, self.num_experts).sum(0)
             # Not bincount, and no boolean index: both would make a GPU wait for the host.
             hits = (self.indices >= 0).double() if real is None else (self.indices >= 0) * real
@@ -265,13 +265,13 @@ class RoutingRecord:
             return counts.index_add_(0, self.indices.clamp(min=0).reshape(-1), hits.reshape(-1))
 
     def entropy(self, mask: Tensor | None = None) -> Tensor:
-        """Scalar: mean over real tokens of the entropy (nats) of ``probs``, or of the normalised dense weights."""
+        """Scalar: mean over real tokens of the entropy (nats) of ``probs``, or of the normalised dense |weights|."""
         mask = self.mask if mask is None else mask
         with torch.no_grad():
             if self.probs is not None:
                 probs = self.probs
             else:
-                dense = self.dense_weights()
+                dense = self.dense_weights().abs()
                 probs = dense / dense.sum(-1, keepdim=True).clamp_min(torch.finfo(dense.dtype).tiny)
             each = torch.special.entr(probs).sum(-1)
             mean: Tensor = each.mean() if mask is None else torch.where(mask, each, 0).sum() / mask.sum()

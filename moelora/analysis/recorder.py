@@ -124,20 +124,16 @@ class _SiteCounts:
         real_T = self._real(record, tokens)
         row_T = self._rows(record, task_B, tokens)
         self.tokens_N.index_add_(0, row_T, real_T)
-        weights_TE = None
         if record.indices is None:
-            weights_TE = record.weights.reshape(tokens, experts).double()
-        if weights_TE is not None:
+            weights_TE = record.weights.reshape(tokens, experts).double().abs()
             self.load_NE.index_add_(0, row_T, weights_TE * real_T.unsqueeze(1))
         else:
-            assert record.indices is not None
             chosen_TK = record.indices.reshape(tokens, -1)
             cell = row_T.unsqueeze(1) * experts + chosen_TK.clamp(min=0)
             counted = (chosen_TK >= 0) * real_T.unsqueeze(1)
             self.load_NE.view(-1).scatter_add_(0, cell.reshape(-1), counted.reshape(-1))
-            weights_TE = None if record.probs is not None else record.dense_weights().reshape(tokens, experts).double()
-        probs_TE = weights_TE if record.probs is None else record.probs.reshape(tokens, experts).double()
-        assert probs_TE is not None
+        probs = record.dense_weights().abs() if record.probs is None else record.probs
+        probs_TE = probs.reshape(tokens, experts).double()
         self._add_confidence(probs_TE / probs_TE.sum(-1, keepdim=True).clamp_min(1e-30), real_T)
 
     def _real(self, record: RoutingRecord, tokens: int) -> Tensor:

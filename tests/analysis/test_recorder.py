@@ -251,3 +251,16 @@ def test_analyze_without_plotly_says_so_before_it_runs(
 def test_analyze_of_nothing(model: MoELoRAModel) -> None:
     with pytest.raises(DataError, match="no routed token"):
         analyze(model, [])
+
+
+def test_negative_weights_count_by_their_size(tiny_llama: LlamaForCausalLM) -> None:
+    """A static router may take an adapter away, and X-LoRA without its softmax may do so for a token."""
+    site = {"target": "q_proj", "experts": {"num_experts": 3, "r": 2}}
+    model = moelora.attach(tiny_llama, {"sites": [{**site, "router": {"kind": "static", "weights": [0.5, -0.5, 0.0]}}]})
+    with torch.no_grad(), moelora.trace(model) as tape, RoutingRecorder(model) as recorder:
+        model(torch.full((1, 4), 5))
+    first = recorder.result().sites[0]
+    assert first.selections == ((2.0, 2.0, 0.0),)
+    assert first.entropy == pytest.approx(math.log(2) / math.log(3))
+    assert float(tape[first.name][0].entropy()) == pytest.approx(math.log(2))
+    assert tape[first.name][0].counts().tolist() == [2.0, 2.0, 0.0]
