@@ -25,17 +25,20 @@ from .gate import Gate, may_overwrite
 _grouped_mm: Any = getattr(F, "grouped_mm", None)
 
 
-def usable(hidden: Tensor, gate: Gate) -> bool:
+def usable(out: Tensor, hidden: Tensor, gate: Gate) -> bool:
     """Whether this needs no count on the host, or has it there."""
-    return hidden.device.type == "cpu" or _grouped(hidden, gate.ranks)
+    return hidden.device.type == "cpu" or _grouped(out, hidden, gate.ranks)
 
 
-def _grouped(rows: Tensor, ranks: Sequence[int]) -> bool:
-    """Whether grouped products take these: one rank, and on a GPU bfloat16 in whole lines of 16 bytes."""
-    if _grouped_mm is None or len(set(ranks)) > 1 or rows.device.type == "cpu":
+def _grouped(out: Tensor, hidden: Tensor, ranks: Sequence[int]) -> bool:
+    """Whether grouped products take these: one rank, every row in whole lines of 16 bytes, and a dtype they know."""
+    if _grouped_mm is None or len(set(ranks)) > 1:
         return False
-    aligned = rows.shape[-1] % 8 == 0 and ranks[0] % 8 == 0
-    return rows.dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    if any(size * hidden.element_size() % 16 for size in (hidden.shape[-1], out.shape[-1], ranks[0])):
+        return False
+    if hidden.device.type == "cpu":
+        return hidden.dtype != torch.float64
+    return hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
 
 
 def sorted_(out: Tensor, hidden: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Gate) -> Tensor:
@@ -51,7 +54,7 @@ def sorted_(out: Tensor, hidden: Tensor, lora_A: Tensor, lora_B: Tensor, gate: G
         lora_B, scale = lora_B * scale.to(lora_B.dtype), 1.0
     # An empty slot is one of expert 0 with the weight 0, so that the number of slots is known without looking.
     weights_TK = weights_TK * (indices_TK >= 0) * scale
-    groups = _Groups(indices_TK.clamp(min=0), gate.ranks, _grouped(hidden, gate.ranks))
+    groups = _Groups(indices_TK.clamp(min=0), gate.ranks, _grouped(out, hidden, gate.ranks))
     result: Tensor = _Sorted.apply(groups, out, hidden, lora_A, lora_B, weights_TK)  # type: ignore[no-untyped-call]
     return result
 
