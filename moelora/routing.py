@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,17 +95,24 @@ class RoutingContext:
         """Repeat per-sequence fields for beams and multiple returned sequences, which enlarge the batch in place.
 
         Raises:
-            UserError: ``batch_size`` is no multiple of a field's batch.
+            UserError: a field is no tensor, lacks an axis, or ``batch_size`` is no multiple of its batch.
         """
         changes: dict[str, Tensor] = {}
         for name in self.PER_SEQUENCE:
-            value: Tensor | None = getattr(self, name)
-            if value is None or (value.dim() > 0 and value.shape[0] == batch_size):
+            value: Any = getattr(self, name)
+            if value is None:
                 continue
-            if value.dim() == 0 or batch_size % value.shape[0]:
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"{name} is a {type(value).__name__}: give a tensor of integers, a row for each sequence"
+                )
+            axes = 2 if name == "modality_mask" else 1
+            if value.dim() >= axes and value.shape[0] == batch_size:
+                continue
+            if value.dim() < axes or value.shape[0] == 0 or batch_size % value.shape[0]:
                 raise UserError(
                     f"{name} has the shape {tuple(value.shape)} but the batch has {batch_size} sequences: give one row "
-                    "for each"
+                    f"for each{', with a modality for each token' if axes == 2 else ''}"
                 )
             changes[name] = value.repeat_interleave(batch_size // value.shape[0], dim=0)
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import moelora
+from moelora.errors import UserError
 
 IDS = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(1))
 SIZES: dict[str, Any] = {
@@ -109,3 +110,19 @@ def test_checkpointed_segments_within_a_checkpointed_segment(tiny_llama: LlamaFo
     model.gradient_checkpointing_enable()
     for one, two in zip(plain, gradients(nested=True), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({"task_ids": [0, 1]}, "task_ids is a list: give a tensor"),
+        ({"task_ids": torch.tensor(1)}, r"task_ids has the shape \(\) but the batch has 2"),
+        ({"task_ids": torch.tensor([0, 1, 2])}, r"task_ids has the shape \(3,\) but the batch has 2"),
+        ({"modality_mask": torch.tensor([0, 1])}, r"modality_mask has the shape \(2,\).*a modality for each token"),
+    ],
+)
+def test_what_does_not_fit_the_batch_is_named(tiny_llama: LlamaForCausalLM, known: dict[str, Any], words: str) -> None:
+    model = attached(tiny_llama, "q_proj", kind="topk")
+    with pytest.raises(UserError, match=words):
+        model(IDS, **known)
+    assert model._passes.contexts == []
