@@ -92,6 +92,15 @@ class LoadMeter:
                 groups.setdefault(container.group, []).append(name)
         return groups
 
+    def by_router(self) -> dict[Router[Any], Tensor]:
+        """(E,) float64 of each router, over the sites that share it; after :meth:`reduce`."""
+        loads: dict[Router[Any], Tensor] = {}
+        for name, container in self._containers.items():
+            assert container.router is not None
+            before = loads.get(container.router)
+            loads[container.router] = self.counts[name] if before is None else before + self.counts[name]
+        return loads
+
     def tokens(self) -> float:
         """Real tokens that passed the first routed site."""
         return float(next(iter(self.rows.values()))) if self.rows else 0.0

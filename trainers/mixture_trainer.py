@@ -12,7 +12,6 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from ..errors import ConfigError, TrainingError
 from ..mixture import MoELoRAModel, StepLoad
-from ..routers.base import Router
 from ..routing import RoutingRecord, SiteInfo
 from .checkpointing import CheckpointingTrainer
 from .finite import bad_gradients, first_non_finite
@@ -205,12 +204,7 @@ class MixtureTrainer(CheckpointingTrainer):
         """Controllers, and the step's load into the window."""
         step = self._step_load_meter
         step.reduce(self._sum)
-        loads: dict[Router[Any], Tensor] = {}  # a router that sites share steps once
-        for name, container in self.model.containers().items():
-            if container.router is not None:
-                before = loads.get(container.router)
-                loads[container.router] = step.counts[name] if before is None else before + step.counts[name]
-        for router, load in loads.items():
+        for router, load in step.by_router().items():  # a router that sites share steps once
             router.on_step_end(load)
         self.load.add(step)
         step.clear()
