@@ -58,7 +58,11 @@ def test_stand_alone_layer(case: str) -> None:
     x = T["x"].clone().requires_grad_()
     with moelora.trace(built) as tape:
         y = built(x)
-    assert torch.equal(tape[""][0].dense_weights(), T["mask"].float().reshape(*x.shape[:-1], -1))
+    record = tape[""][0]
+    assert torch.equal(record.dense_weights(), T["mask"].float().reshape(*x.shape[:-1], -1))
+    picked = LAYER[f"{case}.topk_indices_abs"].reshape(record.indices.shape)
+    assert torch.equal(record.indices.sort(-1).values, picked.sort(-1).values)
+    assert (built.experts.low(x) - LAYER[f"{case}.act"]).abs().max() <= 1e-5
     assert (y - T["y"]).abs().max() <= 1e-5
     y.backward(T["cotangent"])
     assert torch.allclose(x.grad, T["grad_x"], atol=2e-5, rtol=1e-4)
@@ -78,6 +82,30 @@ def test_stand_alone_layer_has_as_many_non_zeros_as_ours(case: str) -> None:
     ours = build(nn.Linear(config["in_features"], 4), site).experts.lora_A
     assert ((ours != 0).sum(1) == config["nnz_per_row"]).all()
     assert ((LAYER[f"{case}.A"] != 0).sum(1) == config["nnz_per_row"]).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case]["train"]])
+def test_counts_are_theirs_and_their_bias_is_that_of_a_count_taken_for_a_frequency(case: str) -> None:
+    """flylora.py compares counts with k / r, so that every rank that is used at all goes down; ours compares counts."""
+    config = CASES[case]
+    T = {name: LAYER[f"{case}.{name}"] for name in ("A", "B", "d", "x", "assignment_count")}
+    base, rate = no_base(config["in_features"], config["out_features"]), config["bias_lr"]
+    options = {"top_k": config["k"], "select": "abs_shifted", "bias_rate": rate}
+    built = container(T["A"], T["B"], T["d"], base, config["alpha"], **options)
+    with moelora.trace(built) as tape, torch.no_grad():
+        built(T["x"])
+    counts = tape[""][0].counts()
+    assert torch.equal(counts.float(), T["assignment_count"])
+    assert (LAYER[f"{case}.expected_frequency"] == config["k"] / config["r"]).all()
+    built.router.on_step_end(counts)
+    assert (built.router.bias - (T["d"] + rate * (counts.mean() - counts).sign())).abs().max() <= 1e-8
+    if f"{case}.d_after_update_bias" in LAYER:
+        theirs = LAYER[f"{case}.d_after_update_bias"]
+        frequency = config["k"] / config["r"]
+        assert (theirs - (T["d"] + rate * (frequency - counts).sign())).abs().max() <= 1e-8
+        used = counts > 0
+        assert (theirs[used] < T["d"][used]).all()
+        assert not torch.equal(theirs, built.router.bias)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -68,6 +68,17 @@ def test_the_parts_are_those_of_the_reference() -> None:
     assert losses["specialization_balance"].item() == pytest.approx((T["p_bar"] @ T["f_top1"]).item(), abs=1e-12)
 
 
+def test_every_intermediate_is_that_of_the_reference() -> None:
+    probs = record_of(T["logits"]).probs
+    assert (probs - T["p"]).abs().max() <= 1e-12
+    for row in range(len(probs)):  # each token by itself, so that no error averages out
+        losses = router().losses([record_of(T["logits"][row : row + 1])], RoutingContext())
+        assert losses["token_entropy"].item() == pytest.approx(T["entropy"][row].item(), abs=1e-12)
+    for usage, stored in (("top1", "f_top1"), ("topk_share", "f_topk_share")):
+        losses = router(usage=usage).losses([record_of(T["logits"])], RoutingContext())
+        assert losses["specialization_balance"].item() == pytest.approx((T["p_bar"] @ T[stored]).item(), abs=1e-12)
+
+
 @pytest.mark.parametrize("usage", ["top1", "topk_share"])
 def test_even_probabilities_have_the_balance_1_over_E(usage: str) -> None:
     losses = router(usage=usage).losses([record_of(torch.zeros(7, E, dtype=torch.float64))], RoutingContext())

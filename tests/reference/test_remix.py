@@ -140,8 +140,8 @@ def network() -> list[Container]:
     return sites
 
 
-def run(sites: list[Container], rows: int) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Loss of each row, its choices at both layers, and their log-probability."""
+def run(sites: list[Container], rows: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """Output and loss of each row, its choices at both layers, and their log-probability."""
     heard = []
     hidden = T["x"].float().expand(rows, 1, -1)
     with sites[0].slot.using(listener=lambda site, record: heard.append(record)):
@@ -149,18 +149,19 @@ def run(sites: list[Container], rows: int) -> tuple[Tensor, list[Tensor], Tensor
             hidden = torch.tanh(site(hidden))
     losses = (hidden - T["target"]).square().sum(-1).squeeze(-1)
     log_prob = rloo.example_log_prob(heard, rows) if sites[0].training else losses
-    return losses, [record.indices.squeeze(1) for record in heard], log_prob
+    return hidden.squeeze(1), losses, [record.indices.squeeze(1) for record in heard], log_prob
 
 
 def test_evaluation_takes_the_most_probable_experts() -> None:
-    losses, picks, _ = run([site.eval() for site in network()], 1)
+    out, losses, picks, _ = run([site.eval() for site in network()], 1)
+    assert (out[0] - T["y_topk"]).abs().max() <= 1e-5
     assert [sorted(layer[0].tolist()) for layer in picks] == CONFIG["topk_inference"]
     assert losses.item() == pytest.approx(CONFIG["loss_topk"], rel=1e-5)
 
 
 def test_sampled_sites_have_the_losses_and_chances_of_the_enumeration() -> None:
     rows = 40_000
-    losses, picks, log_prob = run([site.train() for site in network()], rows)
+    _, losses, picks, log_prob = run([site.train() for site in network()], rows)
     number = {tuple(map(tuple, selection.tolist())): row for row, selection in enumerate(T["selections"])}
     drawn = [number[one, two] for one, two in zip(*(map(tuple, layer.tolist()) for layer in picks), strict=True)]
     assert torch.allclose(losses.double(), LOSSES_N[drawn], rtol=1e-4)
