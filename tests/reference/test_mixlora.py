@@ -188,10 +188,57 @@ def test_four_steps_of_adamw(variant: str) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inference_is_theirs_but_for_switch_which_gives_back_its_input_there(variant: str) -> None:
+    expected = load_file(ROOT / variant / "reference.safetensors")["logits_inference_mode"]
+    model, _ = build(variant)
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model.eval()(INPUTS["input_ids"], attention_mask=attention_mask(variant)).logits
+        return result
+
+    difference = (logits() - expected).abs().max().item()
+    if variant != "mixlora_switch":
+        assert difference <= 1e-5
+        return
+    assert difference == pytest.approx(SCALARS[variant]["max_abs_diff_train_vs_inference_mode"], abs=1e-4)
+    for container in model.containers().values():
+        if container.router is not None:
+            container.register_forward_hook(lambda module, args, out: args[0])
+    assert (logits() - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_labels_of_their_trainer(variant: str) -> None:
+    """Theirs trains on prompts and padding, too."""
+    model, _ = build(variant)
+    out = model(INPUTS["input_ids"], attention_mask=attention_mask(variant), labels=INPUTS["labels_moepeft_style"])
+    assert abs(out.task_loss.item() - SCALARS[variant]["ce_loss_moepeft_labels"]) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["mixlora", "mixlora_partial_ffn"])
+def test_a_mask_of_ones_counts_every_token(variant: str) -> None:
+    model, _ = build(variant)
+    out = model(INPUTS["input_ids"], attention_mask=torch.ones_like(INPUTS["attention_mask"]))
+    expected = SCALARS[variant]["aux_loss_allones_mask_scaled"]
+    assert abs(0.001 * out.aux_losses["load_balance"].item() - expected) <= 1e-7
+
+
+def test_without_experts_it_is_the_backbone() -> None:
+    model, _ = build("mixlora")
+    with torch.no_grad(), model.disable_experts():
+        logits = model(INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"]).logits
+    assert (logits - INPUTS["backbone_logits"]).abs().max() <= 1e-5
+
+
 def test_greedy_tokens() -> None:
     reference = load_file(ROOT / "mixlora" / "reference_hf_package.safetensors")
     model, _ = build("mixlora")
     model.eval()
+    with torch.no_grad():
+        logits = model(INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"]).logits
+    assert (logits - reference["logits_hf_pkg"]).abs().max() <= 1e-5
     for cache in (True, False):
         tokens = model.generate(
             reference["greedy_prompts"],

@@ -85,6 +85,9 @@ def test_blocks_router_logits_and_logits(variant: str) -> None:
     with moelora.trace(model) as tape, torch.no_grad():
         logits = model(INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"]).logits
     assert (logits - reference["logits"]).abs().max() <= 1e-5
+    with torch.no_grad():
+        inferred = model.eval()(INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"]).logits
+    assert (inferred - reference["logits_inference_mode"]).abs().max() <= 1e-5
     for layer in range(2):
         with torch.no_grad():
             out = model.backbone.model.layers[layer].mlp(reference[f"layers.{layer}.mlp_in"])
@@ -112,6 +115,8 @@ def test_losses(variant: str) -> None:
     assert abs(out.task_loss.item() - expected["ce_loss"]) <= 1e-5
     assert abs(aux(model, out) - expected.get("aux_loss_masked_scaled", 0.0)) <= 1e-7
     assert abs(out.loss.item() - expected["total_loss"]) <= 1e-5
+    theirs = model(INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"], labels=INPUTS["labels_moepeft_style"])
+    assert abs(theirs.task_loss.item() - expected["ce_loss_moepeft_labels"]) <= 1e-5
 
 
 def test_the_pooled_balance_is_not_that_of_the_authors_of_mola() -> None:

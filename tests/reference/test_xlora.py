@@ -139,8 +139,13 @@ def test_the_order_of_the_members_is_that_of_the_published_scalings() -> None:
 def test_only_the_softmax_over_kept_scalings_differs_from_old_peft(case: str) -> None:
     """PEFT 0.17.1 took that softmax over the flattened batch; everything else is the same."""
     stored = load_file(CLASSIFIERS / "io.safetensors")
-    logits, _ = forward(peft_model(case), stored)
+    model = peft_model(case)
+    logits, records = forward(model, stored)
     difference = (logits - stored[f"{case}.logits"]).abs().max()
+    assert (scalings(records) - stored[f"{case}.scalings"]).abs().max() <= 1e-5
+    with torch.no_grad(), model.disable_experts():
+        base = model(stored["input_ids"], attention_mask=stored["attention_mask"]).logits
+    assert (base - stored["base_logits"]).abs().max() <= 1e-5
     assert difference > 0.1 if case == "depth2_topk2_softmaxtopk" else difference <= 1e-5
 
 
