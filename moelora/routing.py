@@ -272,7 +272,10 @@ class RoutingRecord:
             return counts.index_add_(0, self.indices.clamp(min=0).reshape(-1), hits.reshape(-1))
 
     def entropy(self, mask: Tensor | None = None) -> Tensor:
-        """Scalar: mean over real tokens of the entropy (nats) of ``probs``, or of the normalised dense |weights|."""
+        """Scalar: mean over real tokens of the entropy (nats) of ``probs``, or of the normalised dense |weights|.
+
+        0 where there are no real tokens.
+        """
         mask = self.mask if mask is None else mask
         with torch.no_grad():
             if self.probs is not None:
@@ -280,9 +283,10 @@ class RoutingRecord:
             else:
                 dense = self.dense_weights().abs()
                 probs = dense / dense.sum(-1, keepdim=True).clamp_min(torch.finfo(dense.dtype).tiny)
-            each = torch.special.entr(probs).sum(-1)
-            mean: Tensor = each.mean() if mask is None else torch.where(mask, each, 0).sum() / mask.sum()
-            return mean
+            each: Tensor = torch.special.entr(probs).sum(-1)
+            if mask is None:
+                return each.sum() / max(each.numel(), 1)
+            return torch.where(mask, each, 0).sum() / mask.sum().clamp(min=1)
 
 
 @dataclass

@@ -5,8 +5,8 @@ Shapes: D in, E experts, K picks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,16 @@ class Router(nn.Module, Generic[ConfigT]):
     def mix(self) -> Literal["outputs", "factors"]:
         """What the weights mix; see :class:`~moelora.routing.RoutingRecord`. Factors: linear sites only."""
         return "outputs"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of any module, but buffers stay in float32: half precision would swallow a controller's small moves."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and old.dtype == torch.float32 != new.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     def route(self, inputs: RouteInput) -> RoutingRecord:
         """Decide for hidden states (..., D); see :class:`~moelora.routing.RoutingRecord` for the shapes."""

@@ -134,7 +134,8 @@ class MeteoRARouter(Router[MeteoRAConfig]):
                 f"task_ids has the shape {tuple(ids.shape)}, which does not fit {logits[..., 0].numel()} tokens: give "
                 "one for each sequence"
             )
-        logits = logits.reshape(batch, -1, logits.shape[-1])
+        length = logits[..., 0].numel() // max(batch, 1)
+        logits = logits.reshape(batch, length, logits.shape[-1])
         known = (ids >= 0).unsqueeze(-1).expand(logits.shape[:-1])
         if record.mask is not None:
             known = known & record.mask.reshape(known.shape)

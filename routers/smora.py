@@ -113,7 +113,7 @@ class SMoRARouter(Router[SMoRAConfig]):
         if indices is None:
             indices = top_indices(shifted, self.config.top_k)
         chosen = (shifted if self.config.bias_in_value else scores).gather(-1, indices)
-        share = chosen / chosen.sum(dim=-1, keepdim=True) if sigmoid else chosen.softmax(dim=-1)
+        share = _shares(chosen) if sigmoid else chosen.softmax(dim=-1)
         return RoutingRecord(
             indices=indices,
             weights=share * self.widths.float()[indices],
@@ -128,3 +128,9 @@ class SMoRARouter(Router[SMoRAConfig]):
         """Move each rank's bias by u towards an even load; see the base class."""
         error = (load.mean() - load).sign().to(self.bias)
         self.bias += self.config.bias_rate * error
+
+
+def _shares(chosen: Tensor) -> Tensor:
+    """(..., K) each value over the sum of all; 0 where every sigmoid was too small for float32."""
+    total = chosen.sum(dim=-1, keepdim=True)
+    return chosen / torch.where(total == 0, 1, total)

@@ -128,7 +128,7 @@ class SoftmaxRouter(GateRouter[SoftmaxConfig]):
         weights = record.weights
         if record.mask is not None and not self.config.count_padding:
             weights = torch.where(record.mask.unsqueeze(-1), weights, 0)
-        if weights.dim() == 2 and weights.shape[0] % types_B.shape[0] == 0:
+        if weights.dim() == 2 and len(types_B) and weights.shape[0] % len(types_B) == 0:
             # Backbones such as OPT make one row of all tokens before their FFN.
             weights = weights.unflatten(0, (types_B.shape[0], -1))
         if weights.shape[0] != types_B.shape[0]:
@@ -139,7 +139,7 @@ class SoftmaxRouter(GateRouter[SoftmaxConfig]):
         importance_BE = weights.flatten(1, -2).sum(1)
         own_BE = types_B.to(weights.device, non_blocking=True).unsqueeze(-1) == self.expert_types.to(weights.device)
         Z_BE = torch.where(own_BE, 1 + self.config.delta, 1 - self.config.delta) * importance_BE
-        if Z_BE.numel() == 1:
+        if Z_BE.numel() <= 1:
             return Z_BE.new_zeros(())
         mean = Z_BE.mean()
         return Z_BE.var() / ((mean.square() if self.config.form == "released" else mean) + EPSILON)

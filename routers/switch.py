@@ -25,7 +25,8 @@ class SwitchConfig(LinearRouterConfig):
 
     Attributes:
         expert_capacity: tokens of one sequence that an expert takes; ``None`` means no limit. With a KV cache each
-            forward counts anew, so generation with a finite capacity is not the function of the whole sequence.
+            forward counts anew, so generation with a finite capacity is not the function of the whole sequence. A
+            backbone that makes one row of all tokens, as OPT does, needs an attention mask to tell sequences apart.
     """
 
     kind: str = "switch"
@@ -53,9 +54,10 @@ class SwitchRouter(LinearRouter[SwitchConfig]):
         if self.config.expert_capacity is None:
             return chosen
         one_hot = F.one_hot(chosen.squeeze(-1), self.site.num_experts)
-        if token_mask is not None and token_mask.shape == one_hot.shape[:-1]:
-            one_hot = one_hot * token_mask.unsqueeze(-1)
-        place = (one_hot.cumsum(dim=-2) * one_hot).sum(dim=-1, keepdim=True)
+        if token_mask is not None and token_mask.numel() == chosen.numel():
+            # Backbones such as OPT make one row of all tokens before their FFN; the mask tells the sequences apart.
+            one_hot = one_hot.view(*token_mask.shape, -1) * token_mask.unsqueeze(-1)
+        place = (one_hot.cumsum(dim=-2) * one_hot).sum(dim=-1).view(chosen.shape)
         return chosen.masked_fill(place > self.config.expert_capacity, -1)
 
     def losses(self, records: list[RoutingRecord], context: RoutingContext) -> dict[str, Tensor]:

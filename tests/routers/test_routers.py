@@ -114,6 +114,28 @@ class TestEveryRouter:
         record = route(router, hidden(2, 7))
         record.mask = torch.zeros(2, 7, dtype=torch.bool)
         assert all(loss.item() == 0 for loss in router.losses([record], CONTEXT).values())
+        assert record.entropy() == 0
+
+    @pytest.mark.parametrize("shape", [(0, 7), (2, 0)])
+    def test_a_batch_without_tokens_is_routed_and_costs_nothing(self, kind: str, shape: tuple[int, int]) -> None:
+        router = make(kind).train()
+        names = RoutingContext.PER_SEQUENCE
+        known = {name: getattr(CONTEXT, name)[: shape[0]] for name in names if name != "modality_mask"}
+        known["modality_mask"] = CONTEXT.modality_mask[: shape[0], : shape[1]]
+        record = route(router, hidden(*shape), **known)
+        assert record.dense_weights().shape == (*shape, router.num_units)
+        assert not record.counts().any() and record.entropy() == 0
+        losses = router.losses([record], replace(CONTEXT, **known))
+        assert all(loss.item() == 0 for loss in losses.values())
+
+    def test_a_model_in_half_precision_keeps_what_no_gradient_moves_in_float32(self, kind: str) -> None:
+        router = make(kind)
+        before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+        router.to(torch.bfloat16)
+        for name, buffer in router.named_buffers():
+            assert torch.equal(buffer, before[name]) and buffer.dtype == before[name].dtype, name
+        assert all(parameter.dtype == torch.bfloat16 for parameter in router.parameters())
+        assert route(router, hidden(2, 7).bfloat16()).weights.dtype == torch.float32
 
 
 def test_topk_is_the_renormalised_softmax() -> None:
@@ -174,6 +196,9 @@ def test_switch_admits_as_many_tokens_of_a_sequence_as_there_is_room() -> None:
             assert record.weights[row, place, 0].item() == pytest.approx(top if admitted else 0.0, abs=1e-6)
             assert record.residual[row, place].item() == pytest.approx(0.0 if admitted else top, abs=1e-6)
     assert (record.indices < 0).any()
+    flat = route(router, hidden(3, 12).flatten(0, 1), token_mask=mask)  # as OPT's FFN sees it
+    assert torch.equal(flat.indices, record.indices.flatten(0, 1))
+    assert torch.equal(flat.residual, record.residual.flatten())
     assert (route(make("switch", expert_capacity=None, jitter=0.0), hidden(3, 12)).indices >= 0).all()
 
 

@@ -171,3 +171,24 @@ def test_a_partition_that_does_not_divide_the_ranks_is_refused() -> None:
     site = {"target": "any", "experts": {"num_experts": 1, "r": 16}, "router": {"kind": "smora", "partition": 3}}
     with pytest.raises(ConfigError, match=r"router.partition is 3 but there are 16 ranks: choose a divisor"):
         SiteConfig.parse(site)
+
+
+def test_a_token_that_no_rank_answers_gets_no_update_and_no_nan() -> None:
+    built = layer()
+    nn.init.ones_(built.router.weight)
+    x = torch.randn(4, 24)
+    x[1] = -100  # sigmoid(-2400) is 0 in float32
+    x.requires_grad_()
+    out = built(x)
+    out.square().sum().backward()
+    assert torch.equal(out[1], built.base(x)[1]) and out.isfinite().all() and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in built.parameters() if p.grad is not None)
+    assert not torch.allclose(out[0], built.base(x)[0], atol=1e-3)
+
+
+def test_small_moves_of_the_bias_add_up_in_a_half_precision_model() -> None:
+    built = layer(bias_rate=1e-5).to(torch.bfloat16)
+    for _ in range(100):
+        built.router.on_step_end(torch.tensor([3.0, 1.0, *[2.0] * 14], dtype=torch.float64))
+    assert built.router.bias[:3].tolist() == pytest.approx([-1e-3, 1e-3, 0.0], rel=1e-4)
+    assert built(torch.randn(5, 24, dtype=torch.bfloat16)).isfinite().all()
