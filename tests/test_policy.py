@@ -201,6 +201,23 @@ def test_what_a_caller_knows_is_copied_with_the_batch(tiny_llama: LlamaForCausal
     assert not torch.allclose(losses[0], policy_loss(model, batch(), SEEDS).losses, atol=1e-3)
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_choice_of_a_sequence_does_not_see_its_answer(tiny_llama: LlamaForCausalLM, batched: bool) -> None:
+    """Else training would route by what is not there yet when the model answers."""
+    model = make(tiny_llama, mixture(route_level="sequence", target=["gate_proj"]))
+    choices = []
+    for shift in (0, 7):
+        given = batch()
+        answer = given["labels"] != -100
+        given["input_ids"] = torch.where(answer, (given["input_ids"] + shift) % 61 + 3, given["input_ids"])
+        with moelora.trace(model) as tape:
+            losses = policy_loss(model, given, SEEDS, batched=batched).losses
+        choices.append((losses, [record.logits[:, 0] for site in tape for record in tape[site]]))
+    assert not torch.allclose(choices[0][0], choices[1][0], atol=1e-3)
+    for one, other in zip(choices[0][1], choices[1][1], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def test_one_selection_and_a_model_that_does_not_sample_are_refused(tiny_llama: LlamaForCausalLM) -> None:
     model = make(tiny_llama)
     for step in (policy_loss, policy_backward):

@@ -68,6 +68,17 @@ def test_the_parts_are_those_of_the_reference() -> None:
     assert losses["specialization_balance"].item() == pytest.approx((T["p_bar"] @ T["f_top1"]).item(), abs=1e-12)
 
 
+def test_the_share_of_the_first_k_has_no_gradient_of_its_own() -> None:
+    """As usage by first choice has none: both say how often an expert was used."""
+    logits = T["logits"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(objective(logits, usage="topk_share"), logits)
+    probs = logits.softmax(-1)
+    entropy = -(probs * probs.log()).sum(-1).mean()
+    loss = CONFIG["alpha"] * probs.mean(0) @ T["f_topk_share"] - CONFIG["lam"] * entropy
+    (expected,) = torch.autograd.grad(loss, logits)
+    assert (grad - expected).abs().max() <= 1e-12
+
+
 def test_every_intermediate_is_that_of_the_reference() -> None:
     probs = record_of(T["logits"]).probs
     assert (probs - T["p"]).abs().max() <= 1e-12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -217,3 +218,29 @@ def test_load_share_of_the_step_takes_the_place_of_the_batch() -> None:
     share = torch.tensor([2.0, 0, 0, 0, 0, 0])
     loss = router.losses([record], RoutingContext(load_share=share))["load_balance"]
     assert loss.item() == pytest.approx(6 * 2 * record.probs.mean(0)[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "wanted"),
+    [
+        ("topk", {"top_k": 3}, {"load_balance": 3, "router_z": math.log(6) ** 2}),
+        ("switch", {"expert_capacity": 1}, {"load_balance": 1, "router_z": math.log(6) ** 2}),
+        ("topp", {"top_p": 0.6}, {"load_balance": 4, "router_z": math.log(6) ** 2}),
+        ("mola", {"top_k": 3}, {"load_balance": 1}),
+        ("mola", {"top_k": 3, "balance": "pooled"}, {"load_balance": 3}),
+        ("adamole", {}, {"load_balance": 6 * 6 * (1 / 6 - 1 / 12)}),  # all are kept, the threshold is 1/12
+        ("adamole", {"threshold": 0.1}, {"load_balance": 6}),
+        ("softmax", {"delta": 0.0}, {"localized_balance": 0}),
+        ("lora_mixer", {}, {"specialization_balance": 1 / 6, "token_entropy": math.log(6)}),
+        ("meteora", {}, {"gate": math.log(6)}),
+    ],
+)
+def test_losses_of_a_router_without_preference(kind: str, options: dict[str, Any], wanted: dict[str, float]) -> None:
+    """What each loss is scaled by: the number of tokens, sites of a layer and experts must not change these."""
+    router = make(kind, jitter=0.0, **options) if kind == "switch" else make(kind, **options)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+    records = [route(router, hidden(2, 7)) for _ in range(1 if kind == "adamole" else 2)]
+    losses = router.losses(records, CONTEXT)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(wanted, abs=1e-6)
