@@ -118,3 +118,18 @@ def test_a_new_task_trains_with_a_new_trainer(tmp_path: Path) -> None:
     assert all(t.any() for name, t in model.adapter_tensors().items() if name.endswith(".lora_B"))
     line = next(line for line in trainer.state.log_history if "load/entropy" in line)
     assert line["load/dead_experts"] <= 2 * 8  # two layers of eight atoms
+
+
+def test_a_router_that_sites_share_moves_once_by_what_all_of_them_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = {"kind": "smora", "top_k": 3, "bias_rate": RATE, "share": "parent"}
+    site = {"target": ["q_proj", "k_proj", "o_proj"], "experts": {"num_experts": 1, "r": 8}, "router": router}
+    model = moelora.attach(build_model().unload(), {"sites": [site]})
+    shared, heard = model.containers()["model.layers.0.self_attn.q_proj"].router, []
+    monkeypatch.setattr(shared, "on_step_end", heard.append)
+    with moelora.trace(model) as tape:
+        build_trainer(tmp_path, model, ROWS, learning_rate=0.0, **{**RUN, "max_steps": 1}).train()
+    chosen = [record for name in tape if name.startswith("model.layers.0.") for record in tape[name]]
+    assert len(chosen) == 3 * 2 and len(heard) == 1  # sites, micro-batches
+    assert torch.equal(heard[0], torch.stack([record.counts() for record in chosen]).sum(0))
