@@ -62,24 +62,18 @@ class Container(nn.Module):
         return bank
 
     def decide(self, hidden_states: Tensor, activations: Tensor | None = None) -> RoutingRecord | None:
-        """Route, and publish the record to whoever listens; ``None`` without a router.
-
-        The padding mask is kept with the record where its shape is that of the tokens, or of the tokens before the
-        backbone made one row of them (OPT does).
-        """
+        """Route, and publish the record to whoever listens; ``None`` without a router."""
         if self.router is None:
             return None
-        context = self.slot.context
+        context = self.slot.context.of(hidden_states)
         replay = self.slot.next_replay()
         # Autocast would turn the router's float32 products back into half precision. To switch it off costs as much as
         # several products of one token, so only where it is on.
         device = hidden_states.device.type
         with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             record = self.router.route(RouteInput(hidden_states, activations, context, self.site, replay))
-        mask = context.token_mask
-        tokens = hidden_states.shape[:-1]
-        if mask is not None and (mask.shape == tokens or (len(tokens) == 1 and mask.numel() == tokens.numel())):
-            record.mask = mask.reshape(tokens)
+        if (mask := context.mask_of(hidden_states.shape[:-1])) is not None:
+            record.mask = mask
         record.owner = self.router.site.name or None
         self.slot.publish(self.site, record)
         return record

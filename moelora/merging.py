@@ -91,8 +91,11 @@ def merge(
 
     Raises:
         ConfigError: a site cannot be merged exactly and ``approximate`` is not set, it has experts that are no matrix,
-            or its weight is tied to another module's.
+            its weight is tied to another module's, experts are disabled, or the model was unloaded.
     """
+    model.refuse_unloaded()
+    if not model.slot.enabled:
+        raise ConfigError("merging inside disable_experts() would measure no experts: leave that block first")
     given = [] if batches is None else list(batches)
     values: dict[str, Any] = {
         name: torch.tensor([value]) if isinstance(value, int) else value for name, value in fields.items()
@@ -105,11 +108,7 @@ def merge(
     unknown = [name for name in containers if name not in exact]
     if unknown and not approximate:
         _refuse_inexact(containers, unknown)
-    for name in unknown:
-        router = containers[name].router
-        known = None if router is None else router.approximate_weights(context)
-        if known is not None:
-            weights[name] = known
+    weights |= _named_weights(containers, unknown, context)
     if missing := [name for name in unknown if name not in weights]:
         weights |= _mean_weights(model, missing, given, values)
     weights = {name: _with_factors(container, weights[name]) for name, container in containers.items()}
@@ -173,6 +172,17 @@ def _constant(containers: Mapping[str, Container], context: RoutingContext) -> t
         if not isinstance(container, BlockContainer) or sorted(found.tolist()) == [0.0] * (len(found) - 1) + [1.0]:
             exact.add(name)
     return weights, exact
+
+
+def _named_weights(containers: Mapping[str, Container], names: list[str], context: RoutingContext) -> dict[str, Tensor]:
+    """The weights that routers name for merging where the routing depends on the tokens, by site."""
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        router = containers[name].router
+        known = None if router is None else router.approximate_weights(context)
+        if known is not None:
+            weights[name] = known
+    return weights
 
 
 def _with_factors(container: Container, weights: Tensor) -> Tensor:
@@ -277,14 +287,13 @@ def _errors(
 
     def measure(container: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(container, Container)
-        context = model.slot.context
-        if context.scoring_pass:
+        if model.slot.context.scoring_pass:
             return
-        name, x, mask = container.site.name, args[0], context.token_mask
+        name, x = container.site.name, args[0]
+        mask = model.slot.context.of(x).mask_of(x.shape[:-1])
         parts = [merged[name](x) - output, output, output - container.base(x)]
-        tokens = x.shape[:-1]
-        if mask is not None and (mask.shape == tokens or (len(tokens) == 1 and mask.numel() == tokens.numel())):
-            parts = [part[mask.reshape(tokens)] for part in parts]
+        if mask is not None:
+            parts = [part[mask] for part in parts]
         squares = torch.stack([part.double().square().sum() for part in parts])
         sums[name] = sums.get(name, 0) + squares
 

@@ -18,7 +18,7 @@ from .model import MoELoRAModel as MoELoRAModel
 from .routers.base import Router
 from .routing import RoutingRecord, SiteInfo, Tape
 from .scoring import refuse_unscorable
-from .sites import layer_of, match_sites, refuse_overlaps, sharing_key
+from .sites import layer_of, match_sites, refuse_overlaps, refuse_twins, sharing_key
 from .slot import RoutingSlot
 
 
@@ -31,8 +31,8 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
         mixture: a configuration, a mapping, a recipe, a model card's name, or the path of a recipe.
 
     Raises:
-        ConfigError: a target matches nothing, a module is claimed twice, a matched module cannot carry experts, or the
-            backbone carries some already; the backbone is then as it was.
+        ConfigError: a target matches nothing, a module is claimed twice or sits at two places, a matched module cannot
+            carry experts, or the backbone carries some already; the backbone is then as it was.
     """
     if isinstance(mixture, str | Path):
         mixture = load_recipe(mixture)
@@ -53,6 +53,7 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
     refuse_unscorable(backbone, config)
     matched = [match_sites(backbone, site) for site in config.sites]
     refuse_overlaps(matched)
+    refuse_twins(backbone, [path for paths in matched for path in paths])
     slot = RoutingSlot()
     # All are built before the first is put in place, so that an error leaves the backbone as it was.
     containers: dict[str, Container] = {}

@@ -6,32 +6,34 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
-from .config import BackboneConfig, MixtureConfig
+from .config import MixtureConfig
 from .errors import ConfigError
 from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
 from .passes import Passes
 from .routers.base import Router
 from .routing import RoutingContext
+from .saving import Saving
 from .slot import RoutingSlot
-from .surface import Surface
+from .surface import ignore_extras, ignore_no_more
 
 logger = logging.getLogger(__name__)
 
 
-class MoELoRAModel(Surface):
+class MoELoRAModel(Saving):
     """A frozen backbone that carries containers; behaves as a transformers model.
+
+    One thread at a time: what is known of a batch is kept with the model while it runs, so a forward or a generation
+    in a second thread is refused.
 
     Attributes:
         backbone: the model that was given to :func:`attach`, its sites replaced by containers.
@@ -55,18 +57,13 @@ class MoELoRAModel(Surface):
         self.all_tied_weights_keys = {
             f"backbone.{a}": f"backbone.{b}" for a, b in getattr(backbone, "all_tied_weights_keys", {}).items()
         }
-        self._ignored = vars(self.config).get("keys_to_ignore_at_inference")
-        ignored = list(getattr(self.config, "keys_to_ignore_at_inference", ["past_key_values"]))
-        self.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, "task_loss", "aux_losses", "aux_share"])]
+        ignore_extras(self.config)
         self._passes = Passes(backbone, slot, self.containers())
+        self._unloaded = False
         if backbone.is_activation_checkpointing:
-            self.activation_checkpointing_enable()
+            self._take_over_checkpointing()
 
     # -- parts ---------------------------------------------------------------------------------------------------
-
-    def containers(self) -> dict[str, Container]:
-        """Every container by the name of its site, in the order of the backbone's modules."""
-        return {m.site.name: m for m in self.backbone.modules() if isinstance(m, Container)}
 
     def groups(self) -> dict[int, list[Container]]:
         """Containers with a router, by the index of their site configuration."""
@@ -75,20 +72,6 @@ class MoELoRAModel(Surface):
             if container.router is not None:
                 groups.setdefault(container.group, []).append(container)
         return groups
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the experts and routers by its name in a checkpoint, ``<site>.lora_A`` and so on.
-
-        Frozen parameters and persistent buffers are among them. What sites share has the name of the first.
-        """
-        tensors: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, container in self.containers().items():
-            for key, value in container.adapter_tensors().items():
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    tensors[f"{name}.{key}"] = value
-        return tensors
 
     def fit_routers(self) -> None:
         """Let every router set what follows from the experts of its site without training, such as prototypes.
@@ -107,12 +90,6 @@ class MoELoRAModel(Surface):
         from .growth import begin_task
 
         begin_task(self)
-
-    @property
-    def backbone_config(self) -> BackboneConfig:
-        from .backbone import backbone_config
-
-        return backbone_config(self.backbone)
 
     def trainable_report(self) -> str:
         """One line per group of sites and a total: how many sites, which experts, how many trainable parameters."""
@@ -172,7 +149,7 @@ class MoELoRAModel(Surface):
         keep = torch.is_grad_enabled() or labels is not None
         listener = (lambda site, record: heard.append((site, record))) if keep else None
         self._check_checkpointing()
-        with self.routing_context(**{k: v for k, v in routing.items() if v is not None}):
+        with self._passes.whole(), self.routing_context(**{k: v for k, v in routing.items() if v is not None}):
             with self.slot.using(listener=listener):
                 output = self.backbone(**kwargs, return_dict=True)
             if keep and heard:
@@ -250,9 +227,15 @@ class MoELoRAModel(Surface):
             self.slot.expert_scale = before
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's ``generate`` with experts on; takes ``task_ids`` and the like besides its own arguments."""
+        """The backbone's ``generate`` with experts on; takes ``task_ids`` and the like besides its own arguments.
+
+        Raises:
+            UserError: ``prefill_chunk_size`` with a router that decides once for a sequence.
+        """
         fields = {name: kwargs.pop(name) for name in (*RoutingContext.PER_SEQUENCE, "phase") if name in kwargs}
-        with self.routing_context(**fields), self.slot.keeping():
+        config = kwargs.get("generation_config") or self.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        with self._passes.whole(), self.routing_context(**fields), self.slot.keeping(whole_prompt=chunk is None):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
     # -- checkpointing -------------------------------------------------------------------------------------------
@@ -274,8 +257,16 @@ class MoELoRAModel(Surface):
                 "use_reentrant=True: reentrant checkpointing runs the forward without a graph, so auxiliary losses "
                 "would train nothing; set gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        options.update(use_reentrant=False, context_fn=self.slot.checkpoint_contexts)
         self.backbone.activation_checkpointing_enable(options, every_n_layers=every_n_layers, offload=offload)
+        self._take_over_checkpointing()
+
+    def _take_over_checkpointing(self) -> None:
+        """Keep which layers the backbone checkpoints and how, but let a recomputation replay the routing."""
+        replaying = {"use_reentrant": False, "context_fn": self.slot.checkpoint_contexts}
+        for module in self.backbone.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None:
+                vars(module)["_gradient_checkpointing_func"] = partial(function, **replaying)
         # Non-reentrant checkpointing needs no gradient at the embeddings; without it the backward pass stops at the
         # lowest layer with experts.
         self.backbone.disable_input_require_grads()
@@ -308,16 +299,26 @@ class MoELoRAModel(Surface):
             )
 
     def unload(self) -> PreTrainedModel:
-        """Put the frozen layers back in their places and return the backbone; this model is of no use afterwards."""
+        """Put the frozen layers back in their places and return the backbone; this model is of no use afterwards.
+
+        Raises:
+            ConfigError: that was done already.
+        """
+        self.refuse_unloaded()
+        self._unloaded = True
         self._passes.remove()
-        if self._ignored is None:
-            vars(self.config).pop("keys_to_ignore_at_inference", None)
-        else:
-            self.config.keys_to_ignore_at_inference = self._ignored
+        ignore_no_more(self.config)
         for name, container in self.containers().items():
             parent, _, child = name.rpartition(".")
             setattr(self.backbone.get_submodule(parent), child, container.base)
         return self.backbone
+
+    def refuse_unloaded(self) -> None:
+        """Raise a ConfigError where the backbone is no longer this mixture's."""
+        if self._unloaded:
+            raise ConfigError(
+                "this mixture was unloaded: its backbone is a model of its own again, or another mixture's"
+            )
 
     def merge_and_unload(
         self, approximate: bool = False, batches: Iterable[Mapping[str, Any]] | None = None, **fields: Any
@@ -332,88 +333,12 @@ class MoELoRAModel(Surface):
         logger.info("merged %d sites\n%s", len(merged.sites), merged)
         return merged.backbone
 
-    # -- saving and loading --------------------------------------------------------------------------------------
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        card: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the native checkpoint: configuration, adapter tensors, model card; see ``checkpoints/native.py``.
-
-        Args:
-            state_dict: tensors to take instead of the model's own, by the model's parameter names (ZeRO-3, FSDP).
-            card: text of the README.md; without it a short card is written.
-        """
-        from .checkpoints import Architecture, native
-
-        if is_main_process:
-            groups = range(len(self.mixture.sites))
-            native.save(
-                save_directory,
-                self.mixture,
-                self.backbone_config,
-                self.adapter_state(state_dict),
-                sites=[[name for name, c in self.containers().items() if c.group == group] for group in groups],
-                architecture=Architecture.of(self.config),
-                card=card,
-            )
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload mixture",
-        card: str | None = None,
-    ) -> Any:
-        """Upload the native checkpoint, and the tokenizer if there is one, to a hub repository made for it.
-
-        Not transformers' own method: that one replaces the card after the manifest is written.
-
-        Returns:
-            What ``huggingface_hub`` says of the commit.
-        """
-        api = HfApi(token=token, library_name="moelora")
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, card=card)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
-            )
-
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> MoELoRAModel:
         """The same as :func:`moelora.from_pretrained`."""
         from .mixture import from_pretrained
 
         return from_pretrained(*args, **kwargs)
-
-    def adapter_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors by checkpoint name, detached; from ``state_dict`` where one is given."""
-        tensors = self.adapter_tensors()
-        if state_dict is None:
-            return {name: value.detach() for name, value in tensors.items()}
-        named = (*self.named_parameters(), *self.named_buffers())
-        names = {id(value): name for name, value in named}
-        return {name: state_dict[names[id(value)]].detach() for name, value in tensors.items()}
-
-    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy checked tensors into the containers; names and shapes are those of :meth:`adapter_tensors`."""
-        with torch.no_grad():
-            for name, parameter in self.adapter_tensors().items():
-                parameter.copy_(tensors[name])
 
 
 def _unpacked_numel(parameter: nn.Parameter) -> int:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from .errors import UserError
 from .experts import Container
-from .routing import RoutingContext
+from .routing import EncoderTokens, RoutingContext
 from .scoring import ScoringPass
 from .slot import RoutingSlot
 from .watch import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    """That a thread is inside a mixture."""
+
+    thread: int
 
 
 class Passes:
@@ -28,11 +39,14 @@ class Passes:
         self.backbone = backbone
         self.slot = slot
         self.contexts: list[RoutingContext] = []
+        self._inside: dict[str, _Claim] = {}
         self.scoring = ScoringPass.of(backbone, slot, containers)
         self.watch = Watch()
         stacks: list[Any] = [backbone]
+        self.decoder: Any = None
         if backbone.config.is_encoder_decoder:  # each stack has a padding mask of its own
-            stacks += [backbone.get_encoder(), backbone.get_decoder()]
+            self.decoder = backbone.get_decoder()
+            stacks += [backbone.get_encoder(), self.decoder]
         # So has a part with an input of another kind, such as a vision tower.
         towers = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m not in stacks]
         towers = [tower for tower in towers if tower.main_input_name != backbone.main_input_name]
@@ -52,11 +66,41 @@ class Passes:
         for hook in self.hooks:
             hook.remove()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Around a forward of the mixture, or a generation, from its beginning to its end.
+
+        Raises:
+            UserError: another thread is inside the same mixture: the two would see each other's context.
+        """
+        if torch.compiler.is_compiling():  # a graph knows of no threads
+            yield
+            return
+        claim = _Claim(threading.get_ident())
+        # One step, so that of two threads only one can have come first.
+        first = self._inside.setdefault("claim", claim)
+        if first.thread != claim.thread:
+            raise UserError(
+                "this mixture is running in another thread, and holds what is known of one batch: run one forward or "
+                "generate() at a time (a lock, or a copy.deepcopy of the model for each thread; DataParallel is such "
+                "a use, DistributedDataParallel is not)"
+            )
+        if first is not claim:
+            yield
+            return
+        try:
+            yield
+        finally:
+            # Nothing is left unless a KeyboardInterrupt, which no hook hears of, came in between.
+            self.contexts.clear()
+            self.watch.forget()
+            self._inside.clear()
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every backbone forward, generation's too: take the padding mask and fit the context to the batch."""
         before = self.slot.context
         if not self.contexts:
-            self.watch.begin(self.backbone)
+            self.watch.begin(self.backbone, kwargs.get("past_key_values"))
         self.contexts.append(before)
         # A tower's first argument is its images or sounds, of which a sequence may have several.
         first = () if module in self.towers else args
@@ -66,19 +110,12 @@ class Passes:
                 self.slot.context = replace(before, token_mask=None, modality_mask=None)
             return
         batch, length = tokens.shape[:2]
-        mask = kwargs.get("attention_mask")
-        if not _is_padding_mask(mask) or mask.shape[0] != batch or mask.shape[1] < length:
-            mask = None
-        else:
-            mask = mask[:, -length:].bool()  # with a KV cache the mask covers the past as well
         context = before.expand_to(batch)
-        modality = context.modality_mask
-        # In generate, which has selections, it is the prompt's, even where a later forward has as many tokens.
-        if modality is not None and (modality.shape[1] != length or context.selections is not None):
-            # Generated tokens are text, the modality 0.
-            total = _tokens_so_far(kwargs, length, modality.shape[1])
-            modality = F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, total - length : total]
-        context = replace(context, token_mask=mask, modality_mask=modality)
+        mask = _token_mask(kwargs, batch, length)
+        if module is self.decoder:
+            context = _in_decoder(context, mask, tokens, kwargs)
+        else:
+            context = replace(context, token_mask=mask, modality_mask=_modality_mask(context, kwargs, length))
         if self.scoring is not None and self.slot.enabled:
             context = self.scoring.before(context, args, kwargs)
         self.slot.context = context
@@ -95,12 +132,71 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() >= 2
 
 
+def _in_decoder(
+    context: RoutingContext, mask: Tensor | None, tokens: Tensor, kwargs: Mapping[str, Any]
+) -> RoutingContext:
+    """The context of a decoder, whose caller knows of the encoder's tokens."""
+    length, modality = tokens.shape[1], context.modality_mask
+    states, encoder = kwargs.get("encoder_hidden_states"), None
+    if isinstance(states, Tensor):
+        theirs = kwargs.get("encoder_attention_mask")
+        real = theirs.bool() if _is_padding_mask(theirs) and theirs.shape == states.shape[:2] else None
+        known = replace(context, token_mask=real, prompt_mask=None)
+        encoder = EncoderTokens(states, known, by_shape=states.shape[1] != length)
+    written = None if modality is None else modality.new_zeros(len(modality), length)
+    return replace(context, token_mask=mask, modality_mask=written, encoder=encoder)
+
+
+def _modality_mask(context: RoutingContext, kwargs: Mapping[str, Any], length: int) -> Tensor | None:
+    """(B, S) of the tokens of this forward."""
+    modality = context.modality_mask
+    # In generate, which has selections, it is the prompt's, even where a later forward has as many tokens.
+    if modality is None or (modality.shape[1] == length and context.selections is None):
+        return modality
+    # Generated tokens are text, the modality 0.
+    total = _tokens_so_far(kwargs, length, modality.shape[1])
+    return F.pad(modality, (0, max(total - modality.shape[1], 0)))[:, total - length : total]
+
+
+def _token_mask(kwargs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
+    """(B, S) bool, the real tokens of this forward; ``None`` where no mask tells."""
+    mask = kwargs.get("attention_mask")
+    if not _is_padding_mask(mask):
+        return _diagonal(mask, kwargs.get("past_key_values"), batch, length)
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        return None
+    return mask[:, -length:].bool()  # with a KV cache the mask covers the past as well
+
+
+def _diagonal(mask: Any, cache: Any, batch: int, length: int) -> Tensor | None:
+    """(B, S) bool, the tokens that attend to themselves, as all but padding do.
+
+    Args:
+        mask: (B, heads, S, keys) as ``generate`` prepares it for a static cache, or one for each kind of layer.
+    """
+    full = True
+    if isinstance(mask, Mapping):
+        full = "full_attention" in mask
+        mask = mask["full_attention"] if full else next(iter(mask.values()), None)
+    else:
+        full = not (isinstance(cache, Cache) and any(cache.is_sliding))
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != length or mask.shape[0] not in (1, batch):
+        return None
+    past: Any = mask.shape[3] - length
+    if isinstance(cache, Cache):
+        # The length in a static cache is a tensor, and stays one: nothing here waits for a GPU.
+        past = cache.get_seq_length() - (0 if full else cache.get_mask_sizes(length, 0)[1])
+    keys = (torch.arange(length, device=mask.device) + past).clamp(max=mask.shape[3] - 1).view(1, length, 1)
+    own = mask[:, 0].expand(batch, -1, -1).gather(-1, keys.expand(batch, -1, -1)).squeeze(-1)
+    return own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() else own.bool()
+
+
 def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
     """Not so the masks of a static cache: of four dimensions, or one for each kind of layer in a dict."""
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 
-def _tokens_so_far(kwargs: dict[str, Any], length: int, given: int) -> int:
+def _tokens_so_far(kwargs: Mapping[str, Any], length: int, given: int) -> int:
     """Tokens up to and with this forward, whose own are ``length``; ``generate`` leaves out a mask without padding.
 
     Args:

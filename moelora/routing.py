@@ -58,7 +58,8 @@ class RoutingContext:
         token_mask: (B, S) bool, ``True`` on real tokens; ``None`` means that all tokens are real.
         task_ids: (B,) int64, the task of each sequence. task_types: (B,) int64, the type of each task.
         request_ids: (B,) int64, the request that each sequence belongs to.
-        modality_mask: (B, S) int64, the modality of each token.
+        modality_mask: (B, S) int64, the modality of each token; of an encoder-decoder those of the encoder, since what
+            the decoder writes is text, 0.
         phase: free text that staged methods switch on.
         generator: source of randomness for stochastic routers; ``None`` means the global one.
         load_share: (E,) selections of each expert per real token, measured over a whole optimizer step; the
@@ -72,6 +73,7 @@ class RoutingContext:
         selections: (B, K) what such a router chose before, by the name of its site; see ``RoutingSlot.keeping``.
         selection_seeds: one seed for each of as many equal blocks of the batch. A router that samples its experts
             draws from them instead of a generator, so that the numbers depend on nothing but seed and router.
+        encoder: in the forward of a decoder, what its cross-attention reads.
     """
 
     token_mask: Tensor | None = None
@@ -88,8 +90,23 @@ class RoutingContext:
     prompt_mask: Tensor | None = None
     selections: Mapping[str, Tensor] | None = None
     selection_seeds: tuple[int, ...] | None = None
+    encoder: EncoderTokens | None = None
 
     PER_SEQUENCE = ("task_ids", "task_types", "request_ids", "modality_mask")
+
+    def of(self, hidden_states: Tensor) -> RoutingContext:
+        """What is known of these tokens: in the cross-attention of a decoder they may be the encoder's."""
+        return self.encoder.context if self.encoder is not None and self.encoder.are(hidden_states) else self
+
+    def mask_of(self, tokens: torch.Size) -> Tensor | None:
+        """The padding mask in the shape of a site's tokens, which may be one row of them all (OPT makes that).
+
+        ``None`` where it is not known, or not of these tokens.
+        """
+        mask = self.token_mask
+        if mask is None or not (mask.shape == tokens or (len(tokens) == 1 and mask.numel() == tokens.numel())):
+            return None
+        return mask.reshape(tokens)
 
     def expand_to(self, batch_size: int) -> RoutingContext:
         """Repeat per-sequence fields for beams and multiple returned sequences, which enlarge the batch in place.
@@ -116,6 +133,25 @@ class RoutingContext:
                 )
             changes[name] = value.repeat_interleave(batch_size // value.shape[0], dim=0)
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class EncoderTokens:
+    """What a decoder's cross-attention reads.
+
+    Attributes:
+        states: (B, S, H) the encoder's hidden states. context: what is known of its tokens.
+        by_shape: they are of another length than the decoder's tokens, and so are known by it. Else only the tensor
+            itself is known, which is another one where layers lie on several devices.
+    """
+
+    states: Tensor
+    context: RoutingContext
+    by_shape: bool
+
+    def are(self, hidden_states: Tensor) -> bool:
+        """Whether these are the encoder's hidden states."""
+        return hidden_states is self.states or (self.by_shape and hidden_states.shape == self.states.shape)
 
 
 @dataclass(frozen=True)

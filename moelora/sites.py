@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -74,6 +75,29 @@ def sharing_key(path: str, share: str) -> str:
     layer = next((names[: depth + 1] for depth, name in enumerate(names) if name.isdigit()), [])
     keys = {"module": names, "parent": names[:-1], "layer": layer, "all": []}
     return ".".join(keys[share])
+
+
+def refuse_twins(backbone: nn.Module, paths: Iterable[str]) -> None:
+    """Check that no site is also a part of another module, which would go on without its experts.
+
+    Raises:
+        ConfigError: names both places.
+    """
+    places: dict[int, list[str]] = {}
+    for path, module in backbone.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+
+    def place(path: str) -> tuple[int, str]:
+        parent, _, child = path.rpartition(".")
+        return id(backbone.get_submodule(parent)), child
+
+    for path in paths:
+        for other in places[id(backbone.get_submodule(path))]:
+            if place(other) != place(path):
+                raise ConfigError(
+                    f"{path!r} and {other!r} are one module, of which only the first would get experts: give the "
+                    "backbone a copy in one of the two places, or target a module around them that is shared as a whole"
+                )
 
 
 def refuse_overlaps(matched: list[list[str]]) -> None:

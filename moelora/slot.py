@@ -9,6 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
+from .errors import UserError
 from .routing import Decision, RoutingContext, RoutingRecord, SiteInfo
 
 Listener = Callable[[SiteInfo, RoutingRecord], None]
@@ -118,24 +119,36 @@ class RoutingSlot:
         if context is not None:
             self.context = context
         if listener is not None:
-            self.listeners.append(listener)
+            self.listeners = [*self.listeners, listener]
         try:
             yield self
         finally:
             self.context = before
             if listener is not None:
-                self.listeners.remove(listener)
+                # Not remove(), which torch.compile cannot trace.
+                self.listeners = [other for other in self.listeners if other is not listener]
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
+    def keeping(self, whole_prompt: bool = True) -> Iterator[None]:
         """Within the block what a router chose for a whole sequence holds for all later forwards.
 
         For generation: with a KV cache a later forward does not see the prompt that the choice was made from.
+
+        Args:
+            whole_prompt: the first forward sees all of the prompt.
+
+        Raises:
+            UserError: a router chose for a sequence of which it saw a part.
         """
         kept: dict[str, Tensor] = {}
 
         def keep(site: SiteInfo, record: RoutingRecord) -> None:
             if record.sequence_indices is not None:
+                if not whole_prompt:
+                    raise UserError(
+                        f"the router of {site.name!r} chooses from a whole prompt, of which prefill_chunk_size would "
+                        "show it a part: leave that out"
+                    )
                 kept.setdefault(site.name, record.sequence_indices)
 
         with self.using(replace(self.context, prompt_mask=None, selections=kept), keep):

@@ -6,7 +6,44 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class _Extended(list[str]):
+    """``keys_to_ignore_at_inference`` with what a mixture adds to an output, in a config that several may share.
+
+    Attributes:
+        before: what the config had of its own. users: the mixtures that need the extras.
+    """
+
+    before: list[str] | None = None
+    users = 1
+
+
+def ignore_extras(config: PreTrainedConfig) -> None:
+    """Let the Trainer leave out of its predictions what a mixture adds to the backbone's output."""
+    before = vars(config).get("keys_to_ignore_at_inference")
+    if isinstance(before, _Extended):
+        before.users += 1
+        return
+    keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+    extended = _Extended(dict.fromkeys([*keys, "task_loss", "aux_losses", "aux_share"]))
+    extended.before = before
+    config.keys_to_ignore_at_inference = extended
+
+
+def ignore_no_more(config: PreTrainedConfig) -> None:
+    """Undo one :func:`ignore_extras`; the last one gives the config back as it was."""
+    extended = vars(config).get("keys_to_ignore_at_inference")
+    if not isinstance(extended, _Extended):
+        return
+    extended.users -= 1
+    if extended.users:
+        return
+    if extended.before is None:
+        del config.keys_to_ignore_at_inference
+    else:
+        config.keys_to_ignore_at_inference = extended.before
 
 
 class Surface(PreTrainedModel):

@@ -6,7 +6,8 @@ where, and no forward is run to find out: in the first forward of training, and 
 the sites and on the modules around them tell of a module that ran to its end without having called its site. Layers
 that are skipped on purpose, or a decoder while ``generate`` runs the encoder alone, do not run their modules at all, so
 nothing is concluded from those; they are looked at again in the next forward. Sites that lie directly in a whole model
-are left out: its inputs, and with them its parts, may be optional.
+are left out: its inputs, and with them its parts, may be optional. So are forwards that go on from a filled cache:
+cross-attention has its keys and values there and does not call their linears.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from .errors import ConfigError
 from .experts import Container
@@ -30,8 +31,12 @@ class Watch:
         self._called: set[str] = set()
         self._finished: set[str] = set()
 
-    def begin(self, backbone: PreTrainedModel) -> None:
-        """Before a whole forward: put hooks on the sites that were not seen yet and on the modules around them."""
+    def begin(self, backbone: PreTrainedModel, cache: Any) -> None:
+        """Before a whole forward: put hooks on the sites that were not seen yet and on the modules around them.
+
+        Args:
+            cache: the forward's ``past_key_values``.
+        """
         unseen = self._unseen.get(backbone.training)
         if unseen is None:
             sites = [module.site.name for module in backbone.modules() if isinstance(module, Container)]
@@ -41,9 +46,17 @@ class Watch:
                 unseen &= self._unseen.get(True, unseen)
             self._unseen[backbone.training] = unseen
         self._called, self._finished = set(), set()
+        if unseen and _is_filled(cache):
+            return
         for name in unseen:
             self._follow(backbone.get_submodule(name), name, self._called)
             self._follow(_around(backbone, name), name, self._finished)
+
+    def forget(self) -> None:
+        """Take the hooks away and conclude nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _follow(self, module: nn.Module, name: str, into: set[str]) -> None:
         def ran(*_: Any) -> None:
@@ -57,9 +70,7 @@ class Watch:
         Raises:
             ConfigError: a module ran and did not call its site.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.forget()
         unseen = self._unseen.get(backbone.training, set())
         unseen -= self._called
         passed = sorted(unseen & self._finished)
@@ -71,6 +82,12 @@ class Watch:
                 "and never calls them. Drop them from the targets; in a state-space mixer target in_proj, which is "
                 "always called"
             )
+
+
+def _is_filled(cache: Any) -> bool:
+    if isinstance(cache, EncoderDecoderCache) and any(cache.is_updated.values()):
+        return True
+    return isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
 
 
 def _around(backbone: nn.Module, name: str) -> nn.Module:

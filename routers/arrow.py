@@ -127,14 +127,16 @@ class ArrowRouter(Router[ArrowConfig]):
 
 
 def top_right_singular(A: Tensor, B: Tensor) -> Tensor:
-    """(D,) float32 unit vector: the top right singular vector of ``B @ A``, up to its sign.
+    """(D,) float32 unit vector (zero where r is 0): the top right singular vector of ``B @ A``, up to its sign.
 
     With ``A^T = Q_A R_A`` and ``B = Q_B R_B`` it is Q_A times that of the r x r matrix ``R_B R_A^T``, in float64; the
-    product (O, D) is never formed. An expert that adds nothing gets an arbitrary direction.
+    product (O, D) is never formed. An expert that adds nothing gets an arbitrary direction, one of rank 0 none.
 
     Args:
         A: (r, D). B: (O, r).
     """
+    if not len(A):
+        return A.new_zeros(A.shape[1], dtype=torch.float32)
     q_A, r_A = torch.linalg.qr(A.double().T)
     r_B = torch.linalg.qr(B.double(), mode="r").R
     prototype: Tensor = q_A @ torch.linalg.svd(r_B @ r_A.T).Vh[0]

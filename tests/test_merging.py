@@ -272,3 +272,11 @@ def test_errors_leave_padding_out_where_the_backbone_makes_one_row_of_all_tokens
         model = attached(OPTForCausalLM(config), site("fc1", "lora", TOPK))
         errors.append(next(iter(merge(model, approximate=True, batches=[given]).sites.values())).output_error)
     assert errors[0] is not None and errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def test_merging_is_refused_where_experts_are_switched_off(tiny_llama: LlamaForCausalLM) -> None:
+    """The forwards that measure the error would run without them."""
+    model = attached(tiny_llama, site("q_proj", "lora", STATIC))
+    with model.disable_experts(), pytest.raises(ConfigError, match="inside disable_experts"):
+        merge(model, batches=batches())
+    assert all(error.output_error < 1e-5 for error in merge(model, batches=batches()).sites.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +31,9 @@ SIZES: dict[str, Any] = {
 }
 
 
+TWO_KINDS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+
+
 def attached(backbone: PreTrainedModel, target: str | list[str], **router: Any) -> moelora.MoELoRAModel:
     experts = {"num_experts": 4, "r": 2}
     model = moelora.attach(backbone, {"sites": [{"target": target, "experts": experts, "router": router}]}).eval()
@@ -48,6 +53,98 @@ def test_a_static_cache_with_a_mask_for_each_kind_of_layer_generates_the_same(ki
     options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     static = model.generate(IDS, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(static, model.generate(IDS, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Llama", {}),
+        ("Mistral", {"sliding_window": 4}),
+        (
+            "Qwen3",
+            {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4},
+        ),
+        ("Gemma3Text", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}),
+    ],
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_is_known_from_the_mask_of_a_static_cache(kind: str, options: dict[str, Any], attention: str) -> None:
+    """That mask has four dimensions; a choice for a sequence and the counts must not see the padding."""
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    backbone = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+    backbone.set_attn_implementation(attention)
+    router = {"kind": "remix", "route_level": "sequence", "top_k": 1}
+    model = attached(backbone, ["q_proj", "down_proj"], **router)
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    chosen = []
+    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        with moelora.trace(model) as tape:
+            model.generate(IDS, **options, **cache)
+        for records in tape.records.values():
+            real = [record.mask for record in records]
+            assert real[0] is not None and torch.equal(real[0], mask.bool())
+            assert all(later is not None and later.all() for later in real[1:])
+        chosen.append([record.sequence_indices for records in tape.records.values() for record in records])
+    assert all(torch.equal(one, two) for one, two in zip(*chosen, strict=True))
+
+
+def test_a_choice_for_a_sequence_is_not_made_from_a_part_of_the_prompt(tiny_llama: LlamaForCausalLM) -> None:
+    model = attached(tiny_llama, "q_proj", kind="remix", route_level="sequence")
+    with pytest.raises(UserError, match="chooses from a whole prompt, of which prefill_chunk_size"):
+        model.generate(IDS, max_new_tokens=2, prefill_chunk_size=3)
+    assert model.generate(IDS, max_new_tokens=2, min_new_tokens=2).shape == (2, 10)
+
+
+def test_an_interrupt_leaves_nothing_behind(tiny_llama: LlamaForCausalLM) -> None:
+    model = attached(tiny_llama, "q_proj", kind="mask", by="task")
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for call in (model, partial(model.generate, max_new_tokens=2)):
+        handle = tiny_llama.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(IDS, task_ids=torch.tensor([0, 1]))
+        handle.remove()
+        assert model._passes.contexts == [] and model._passes._inside == {}
+        assert model.slot.context.task_ids is None and model.slot.listeners == []
+        assert [len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+def test_a_second_thread_is_refused_and_the_first_is_not_disturbed(tiny_llama: LlamaForCausalLM) -> None:
+    model = attached(tiny_llama, "q_proj", kind="mask", by="task")
+    first, second = torch.tensor([0, 0]), torch.tensor([1, 1])
+    with torch.no_grad():
+        expected = model(IDS, task_ids=first).logits
+    inside, done = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert done.wait(20)
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(model(IDS, task_ids=first).logits)
+
+    handle = tiny_llama.model.embed_tokens.register_forward_hook(wait)
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(20)
+    try:
+        for call in (model, model.generate):
+            with pytest.raises(UserError, match="running in another thread"):
+                call(IDS, task_ids=second)
+    finally:
+        done.set()
+        thread.join()
+        handle.remove()
+    assert torch.equal(found[0], expected)
+    with torch.no_grad():
+        assert not torch.equal(model(IDS, task_ids=second).logits, expected)
 
 
 def test_a_sequence_may_have_several_images() -> None:

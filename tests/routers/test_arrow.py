@@ -14,6 +14,7 @@ from moelora.errors import ConfigError, UserError
 from moelora.experts import LinearContainer, build
 from moelora.experts.frozen import FrozenExperts
 from moelora.routers.arrow import ArrowRouter, Factors, gen_know_sub, power_iteration, top_right_singular
+from moelora.routing import RoutingRecord
 
 RANKS = [1, 3, 2, 4]
 
@@ -53,6 +54,26 @@ def test_prototypes_of_any_rank_are_the_top_right_singular_vectors(method: str) 
         exact = torch.linalg.svd((B @ A).double()).Vh[0]
         assert row.norm().item() == pytest.approx(1, abs=1e-5)
         assert (row.double() @ exact).abs().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["exact", "power"])
+def test_an_expert_of_rank_zero_has_no_direction_and_is_chosen_last(method: str) -> None:
+    config = {
+        "target": "any",
+        "experts": {"kind": "low_rank", "num_experts": 3, "r": [0, 2, 3], "alpha": 1.0},
+        "router": {"kind": "arrow", "top_k": 2, "method": method},
+    }
+    container = build(nn.Linear(16, 12), config)
+    with torch.no_grad():
+        for tensor in container.adapter_tensors().values():
+            tensor.normal_()
+    container.fit_router()
+    assert isinstance(container.router, ArrowRouter)
+    assert [bool(row.any()) for row in container.router.prototypes] == [False, True, True]
+    records: list[RoutingRecord] = []
+    with container.slot.using(listener=lambda _, record: records.append(record)):
+        assert container(torch.randn(50, 16)).isfinite().all()
+    assert records[0].indices is not None and (records[0].indices > 0).all()
 
 
 def test_prototypes_do_not_depend_on_how_the_product_is_written() -> None:
