@@ -73,9 +73,15 @@ def real_tokens(heard: Heard) -> Tensor | float:
     return float(record.weights[..., 0].numel())
 
 
-@cache
+# torch.compile cannot trace how a class is made: it calls this once, when it compiles.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def output_class(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
     """The class of the backbone's output with fields for the losses: data parallelism builds outputs anew from it."""
+    return _extended(backbone_class)
+
+
+@cache
+def _extended(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
     fields = [(name, Any, field(default=None)) for name in ("task_loss", "aux_losses", "aux_share")]
     namespace = {"__module__": __name__, "__reduce__": lambda self: (_rebuilt, (backbone_class, dict(self)))}
     return make_dataclass(f"Mixture{backbone_class.__name__}", fields, bases=(backbone_class,), namespace=namespace)
@@ -83,4 +89,4 @@ def output_class(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
 
 def _rebuilt(backbone_class: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
     """What a pickled output becomes again; its class exists only where it was made."""
-    return output_class(backbone_class)(**values)
+    return _extended(backbone_class)(**values)
