@@ -93,17 +93,13 @@ def merge(
         ConfigError: a site cannot be merged exactly and ``approximate`` is not set, it has experts that are no matrix,
             its weight is tied to another module's, experts are disabled, or the model was unloaded.
     """
-    model.refuse_unloaded()
-    if not model.slot.enabled:
-        raise ConfigError("merging inside disable_experts() would measure no experts: leave that block first")
+    _refuse(model)
     given = [] if batches is None else list(batches)
     values: dict[str, Any] = {
         name: torch.tensor([value]) if isinstance(value, int) else value for name, value in fields.items()
     }
     context = replace(model.slot.context, **values)
     containers = model.containers()
-    _refuse_what_is_no_matrix(containers)
-    _refuse_tied(model.backbone)
     weights, exact = _constant(containers, context)
     unknown = [name for name in containers if name not in exact]
     if unknown and not approximate:
@@ -126,11 +122,16 @@ def merge(
     return Merged(backbone, sites)
 
 
-def _refuse_what_is_no_matrix(containers: Mapping[str, Container]) -> None:
-    for name, container in containers.items():
+def _refuse(model: MoELoRAModel) -> None:
+    """What no weights would make right."""
+    model.refuse_unloaded()
+    if not model.slot.enabled:
+        raise ConfigError("merging inside disable_experts() would measure no experts: leave that block first")
+    for name, container in model.containers().items():
         for bank in container.banks():
             if not bank.mergeable:
                 raise ConfigError(f"site {name!r}: what experts of kind {bank.kind!r} add is no matrix: cannot merge")
+    _refuse_tied(model.backbone)
 
 
 def _refuse_tied(backbone: PreTrainedModel) -> None:
