@@ -72,7 +72,11 @@ def test_any_number_of_tokens(name: str, tokens: int, act: Activation) -> None:
     assert_agrees(name, make(indices_TK, ranks=ranks, inner=300, width=40, keep=True), act)
 
 
-@pytest.mark.parametrize("act", [F.relu, torch.square, torch.nn.Identity(), torch.nn.SiLU()], ids=["relu", "square", "identity", "silu"])
+@pytest.mark.parametrize(
+    "act",
+    [F.relu, torch.square, torch.nn.Identity(), torch.nn.SiLU()],
+    ids=["relu", "square", "identity", "silu"],
+)
 @pytest.mark.parametrize("name", ["sorted", "masked"])
 def test_any_activation(name: str, act: Callable[[Tensor], Tensor]) -> None:
     for case in (make(), make(gated=False), make(unit=True), make(gated=False, activated=False)):
