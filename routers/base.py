@@ -55,6 +55,8 @@ class Router(nn.Module, Generic[ConfigT]):
         needs_activations: the router looks at ``x @ lora_A.T``, which is then computed before it; linear sites only.
         needs_scoring: the router looks at the last hidden states of a forward that comes first (``scoring_states``).
         needs_fit: the router decides by what :meth:`fit` made of the experts of one projection.
+        samples: in training the router draws its choice, and learns by comparing the losses of several draws
+            (``moelora.policy``) instead of through its weights.
         any_width: the router looks at no hidden states, so sites of any width may share it.
     """
 
@@ -65,6 +67,7 @@ class Router(nn.Module, Generic[ConfigT]):
     needs_activations: ClassVar[bool] = False
     needs_scoring: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
     any_width: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, site: SiteInfo) -> None:

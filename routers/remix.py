@@ -64,6 +64,7 @@ class RemixRouter(GateRouter[RemixConfig]):
     """Weights (..., K) that make every chosen update ``omega B A x``; sampled in training, top-k in evaluation."""
 
     Config = RemixConfig
+    samples = True
 
     def __init__(self, config: RemixConfig, site: SiteInfo) -> None:
         super().__init__(config, site)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainingArguments
 
 import moelora
 from moelora.errors import UserError
 from moelora.mixture import MoELoRAModel
 from moelora.policy import policy_backward, policy_loss
 from moelora.routers import rloo
+from moelora.trainers import SFTTrainer
 
 E = 4
 SEEDS = (3, 14, 15)
@@ -246,3 +248,11 @@ def test_steps_of_the_policy_lower_the_loss_of_evaluation(tiny_llama: LlamaForCa
         optimizer.step()
     assert evaluated() < before - 0.3
     assert all(not torch.equal(model.adapter_tensors()[name], value) for name, value in routers.items())
+
+
+def test_a_trainer_that_leaves_sampling_routers_as_they_are_says_so(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    SFTTrainer(make(tiny_llama), arguments)
+    assert "only moelora.policy trains the routers of remix" in caplog.text

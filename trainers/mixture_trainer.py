@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +20,8 @@ from .live import LiveProgress
 from .meter import Averages, LoadMeter, balanced, only_listener
 
 STATE = "moelora"
+
+logger = logging.getLogger(__name__)
 
 
 class MixtureTrainer(CheckpointingTrainer):
@@ -60,6 +63,9 @@ class MixtureTrainer(CheckpointingTrainer):
             )
         super().__init__(model, args, **trainer)
         self._refuse_what_would_be_lost()
+        sampling = {c.router.kind for c in model.containers().values() if c.router is not None and c.router.samples}
+        if sampling:
+            logger.warning("only moelora.policy trains the routers of %s, this trainer does not", ", ".join(sampling))
         self.step_balance = step_balance
         self.router_learning_rate = router_learning_rate
         self.load = LoadMeter(model)
@@ -89,11 +95,6 @@ class MixtureTrainer(CheckpointingTrainer):
                     f"{name}={value!r}: the Trainer would then compute the loss without the model, and auxiliary "
                     "losses would train nothing; leave it out"
                 )
-
-    @property
-    def tokens_seen(self) -> int:
-        """Real tokens trained on so far, over all ranks; needs ``include_num_input_tokens_seen``."""
-        return int(self.state.num_input_tokens_seen)
 
     # -- one optimizer step --------------------------------------------------------------------------------------
 

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import resource
 import statistics
-import subprocess
-import sys
 
 import torch
 from block import ALPHA, LOOP, OURS, PROJECTIONS, RANK, LoopBlock
-from common import Ratio, interleave, make_parser, parse, report
+from common import Ratio, interleave, make_parser, parse, peaks, print_peak, report
 from model import FROZEN, LINEARS, SHAPES, Result, make_backbone, training
 from rich.console import Console
 from torch import nn
@@ -87,22 +84,7 @@ def peak_of(args: argparse.Namespace) -> None:
     """Run two steps of one variant in this process, and print the most memory that it held, MiB."""
     backbone = make_backbone(args.shape, args.layers)
     ids_BS = torch.randint(0, backbone.config.vocab_size, (1, args.tokens))
-    step = training(make(args.child, backbone), ids_BS, backbone)
-    step()
-    step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peak resident MiB of each variant, each in a process of its own."""
-    common = ["--shape", args.shape, "--tokens", str(args.tokens), "--threads", str(args.threads)]
-    if args.layers is not None:
-        common += ["--layers", str(args.layers)]
-    found = {}
-    for name in (FROZEN, LORA, LORA_EVERYWHERE, *args.variants):
-        command = [sys.executable, __file__, *common, "--child", name]
-        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    print_peak(training(make(args.child, backbone), ids_BS, backbone))
 
 
 def main() -> None:
@@ -119,9 +101,9 @@ def main() -> None:
     if args.child is not None:
         peak_of(args)
     elif args.what == "memory":
-        peaks = memory(args)
-        rows = [[name, f"{peak:.0f}", f"{peak / peaks[LORA]:.2f}"] for name, peak in peaks.items()]
-        report(f"Peak of a training process, {args.shape}", ("variant", "MiB", "/ LoRA"), rows, args, [peaks])
+        found = peaks(__file__, (FROZEN, LORA, LORA_EVERYWHERE, *args.variants), args)
+        rows = [[name, f"{peak:.0f}", f"{peak / found[LORA]:.2f}"] for name, peak in found.items()]
+        report(f"Peak of a training process, {args.shape}", ("variant", "MiB", "/ LoRA"), rows, args, [found])
     else:
         results = speed(args, Console(stderr=True))
         rows = [[r.variant, str(r.to_lora), str(r.to_frozen), f"{1e3 * r.median:.0f}"] for r in results]

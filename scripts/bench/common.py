@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -157,3 +160,22 @@ def report(
             "results": plain,
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def print_peak(step: Callable[[], None]) -> None:
+    """Run two steps, and print the most memory that this process held, MiB."""
+    step()
+    step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peaks(script: str, names: Sequence[str], args: argparse.Namespace) -> dict[str, float]:
+    """What :func:`print_peak` says of each variant, each in a process of its own: ``script`` with ``--child NAME``."""
+    common = ["--shape", args.shape, "--tokens", str(args.tokens), "--threads", str(args.threads)]
+    if args.layers is not None:
+        common += ["--layers", str(args.layers)]
+    found = {}
+    for name in names:
+        command = [sys.executable, script, *common, "--child", name]
+        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found

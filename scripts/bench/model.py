@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Ratio, interleave, make_parser, parse, report
+from common import Ratio, interleave, make_parser, parse, peaks, print_peak, report
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -161,25 +160,10 @@ def speed(what: str, args: argparse.Namespace, console: Console) -> list[Result]
 
 
 def peak_of(args: argparse.Namespace) -> None:
-    """Run two steps of one variant in this process, and print how far its memory rose above the loaded model, MiB."""
+    """Run two steps of one variant in this process, and print the most memory that it held, MiB."""
     backbone = make_backbone(args.shape, args.layers)
     ids_BS = torch.randint(0, backbone.config.vocab_size, (1, args.tokens))
-    step = training(make(args.child, backbone), ids_BS, backbone)
-    step()
-    step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peak resident MiB of each variant, each in a process of its own."""
-    common = ["--shape", args.shape, "--tokens", str(args.tokens), "--threads", str(args.threads)]
-    if args.layers is not None:
-        common += ["--layers", str(args.layers)]
-    found = {}
-    for name in (FROZEN, LORA, *args.variants):
-        command = [sys.executable, __file__, *common, "--child", name]
-        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    print_peak(training(make(args.child, backbone), ids_BS, backbone))
 
 
 def imports(args: argparse.Namespace, console: Console) -> dict[str, list[float]]:
@@ -205,9 +189,9 @@ def main() -> None:
     if args.child is not None:
         peak_of(args)
     elif args.what == "memory":
-        peaks = memory(args)
-        rows = [[name, f"{peak:.0f}", f"{peak / peaks[LORA]:.2f}"] for name, peak in peaks.items()]
-        report(f"Peak of a training process, {args.shape}", ("variant", "MiB", "/ LoRA"), rows, args, [peaks])
+        found = peaks(__file__, (FROZEN, LORA, *args.variants), args)
+        rows = [[name, f"{peak:.0f}", f"{peak / found[LORA]:.2f}"] for name, peak in found.items()]
+        report(f"Peak of a training process, {args.shape}", ("variant", "MiB", "/ LoRA"), rows, args, [found])
     elif args.what == "import":
         times = imports(args, console)
         first = times["transformers.AutoModel"]
