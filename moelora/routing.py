@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, E experts, K picks, R stacke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -284,15 +284,6 @@ class RoutingRecord:
         chosen = self.indices >= 0
         dense = self.weights.new_zeros(*self.weights.shape[:-1], self.num_experts)
         return dense.scatter_add(-1, self.indices.clamp(min=0), self.weights * chosen)
-
-    def gate(self, ranks: Sequence[int]) -> Tensor:
-        """(..., R) float32: the rank gate, each expert's weight repeated over its ranks."""
-        dense = self.dense_weights()
-        if self.level == "rank":
-            return dense
-        if len(set(ranks)) == 1:
-            return dense.repeat_interleave(ranks[0], dim=-1)
-        return dense.repeat_interleave(torch.tensor(ranks, device=dense.device), dim=-1)
 
     def counts(self, mask: Tensor | None = None) -> Tensor:
         """(E,) float64: how often each expert was chosen by real tokens (dense routing: the sum of |weight|)."""
