@@ -10,6 +10,7 @@ from .build import build
 from .container import Container
 from .ffn import is_linear
 from .linear import LinearContainer
+from .saved import SavedModule
 
 names = EXPERTS.names
 get = EXPERTS.get
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertBank",
     "ExpertsConfig",
     "LinearContainer",
+    "SavedModule",
     "build",
     "dora",
     "frozen",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import Pluggable
+from ..config import Pluggable, fits
 from ..dispatch import linear as dispatch
 from ..dispatch.linear import Gate, over_ranks
 
@@ -34,6 +34,8 @@ class ExpertsConfig(Pluggable):
             draws one for each expert, as the released MixLoRA, LoRAMoE and X-LoRA do, and is slower: linear sites only.
         init: how ``lora_A`` starts: ``kaiming`` is uniform with a = sqrt(5) as in PEFT, ``gaussian`` is N(0, 1/r).
             ``lora_B`` starts at zero.
+        rank_pattern, alpha_pattern: ``r`` and ``alpha`` of single sites, by a name that the site's path equals or ends
+            with after a dot; of several that fit, the first holds.
     """
 
     num_experts: PositiveInt = 8
@@ -42,14 +44,29 @@ class ExpertsConfig(Pluggable):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     expert_dropout: Literal["shared", "separate"] = "shared"
     init: Literal["kaiming", "gaussian"] = "kaiming"
+    rank_pattern: dict[str, PositiveInt | list[PositiveInt]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveFloat | list[PositiveFloat]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_per_expert(self) -> ExpertsConfig:
-        for name in ("r", "alpha"):
-            value = getattr(self, name)
+        values = {"r": self.r, "alpha": self.alpha}
+        values |= {f"rank_pattern.{name}": value for name, value in self.rank_pattern.items()}
+        values |= {f"alpha_pattern.{name}": value for name, value in self.alpha_pattern.items()}
+        for name, value in values.items():
             if isinstance(value, list) and len(value) != self.num_experts:
                 raise ValueError(f"{name} lists {len(value)} values for {self.num_experts} experts: give one each")
         return self
+
+    def at(self, site: str) -> Self:
+        """The options of one site: those of the patterns that its path fits, in place of ``r`` and ``alpha``."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        changes: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+        for name, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            fitting = next((value for key, value in pattern.items() if fits(site, key)), None)
+            if fitting is not None:
+                changes[name] = fitting
+        return self.parse({**self.to_dict(), **changes})
 
     @property
     def ranks(self) -> tuple[int, ...]:

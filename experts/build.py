@@ -45,6 +45,7 @@ def build(
     """
     if not isinstance(config, SiteConfig):
         config = SiteConfig.parse(config)
+    config = config.at(name)
     slot = RoutingSlot() if slot is None else slot
     experts = config.experts
     if is_linear(base):

@@ -131,7 +131,8 @@ def _refuse_unlike(site: SiteInfo, router: Router[Any]) -> None:
     """Raise where a site cannot use the router of another one."""
     theirs = router.site
     same_width = router.needs_scoring or router.any_width or site.in_features == theirs.in_features
-    if not same_width or site.ranks != theirs.ranks:
+    same_units = site.ranks == theirs.ranks if router.level == "rank" else len(site.ranks) == len(theirs.ranks)
+    if not same_width or not same_units:
         raise ConfigError(
             f"site {site.name!r} ({site.in_features} features in, ranks {list(site.ranks)}) cannot share the router of "
             f"{theirs.name!r} ({theirs.in_features}, {list(theirs.ranks)}): name the two in different sites, or set "

@@ -18,19 +18,25 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..registry import EXPERTS
-from .bank import ExpertBank, ExpertsConfig
+from .bank import ExpertBank, ExpertsConfig, PositiveInt
+
+Scaling = Literal["lora", "rslora"]
+Rank = Annotated[int, Field(ge=0)]
 
 
 class FrozenConfig(ExpertsConfig):
     """Options of ``frozen``.
 
     Attributes:
-        scaling: ``lora`` scales each update by alpha / r, ``rslora`` by alpha / sqrt(r); a list gives the factor of
-            each expert itself, and ``alpha`` is then of no matter.
+        r: rank of every expert, or one rank per expert; 0 for an adapter that has nothing at a site.
+        scaling: ``lora`` scales each update by alpha / r, ``rslora`` by alpha / sqrt(r); a list says so for each
+            expert, or gives its factor itself, and ``alpha`` is then of no matter for it.
     """
 
     kind: str = "frozen"
-    scaling: Literal["lora", "rslora"] | Annotated[list[float], Field(min_length=1)] = "lora"
+    r: PositiveInt | list[Rank] = 16
+    rank_pattern: dict[str, PositiveInt | list[Rank]] = Field(default_factory=dict)
+    scaling: Scaling | Annotated[list[Scaling | float], Field(min_length=1)] = "lora"
 
     @model_validator(mode="after")
     def _one_scale_per_expert(self) -> Self:
@@ -40,10 +46,14 @@ class FrozenConfig(ExpertsConfig):
 
     @property
     def scales(self) -> tuple[float, ...]:
-        if isinstance(self.scaling, list):
-            return tuple(self.scaling)
-        root = math.sqrt if self.scaling == "rslora" else float
-        return tuple(alpha / root(rank) for alpha, rank in zip(self.alphas, self.ranks, strict=True))
+        each = self.scaling if isinstance(self.scaling, list) else [self.scaling] * self.num_experts
+        return tuple(_scale(*one) for one in zip(each, self.alphas, self.ranks, strict=True))
+
+
+def _scale(scaling: Scaling | float, alpha: float, rank: int) -> float:
+    if not isinstance(scaling, str):
+        return scaling
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank) if rank else 1.0
 
 
 @EXPERTS.register("frozen")

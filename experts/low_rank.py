@@ -40,6 +40,7 @@ class LowRankConfig(ExpertsConfig):
 
     kind: str = "low_rank"
     r: Rank | list[Rank] = 16
+    rank_pattern: dict[str, Rank | list[Rank]] = Field(default_factory=dict)
     alpha: PositiveFloat | list[PositiveFloat] = 1.0
 
     @property

@@ -12,7 +12,7 @@ Shapes: D in, O out, R atoms of all tasks, r of the newest, Q of all older.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,16 @@ class Rank1Config(LoRAConfig):
 
     def next_task(self) -> Self:
         """The configuration with one task more, which has the rank and the alpha of the last one."""
-        more = {name: [*value, value[-1]] for name, value in self.to_dict().items() if isinstance(value, list)}
-        return self.parse({**self.to_dict(), **more, "num_experts": self.num_experts + 1})
+        options = self.to_dict()
+        more = {name: longer(value) for name, value in options.items() if isinstance(value, list)}
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            more[pattern] = {name: longer(value) for name, value in options[pattern].items()}
+        return self.parse({**options, **more, "num_experts": self.num_experts + 1})
+
+
+def longer(value: Any) -> Any:
+    """A list with its last entry once more; anything else as it is."""
+    return [*value, value[-1]] if isinstance(value, list) else value
 
 
 @EXPERTS.register("rank1")

@@ -99,14 +99,26 @@ class SiteConfig(Closed):
                     "such as router: {kind: topk, top_k: 2}, or set num_experts to 1"
                 )
         else:
-            self.router.check(count, self.experts.total_rank)
+            for experts in (self.experts, *(self.experts.at(name) for name in self.experts.rank_pattern)):
+                self.router.check(count, experts.total_rank)
         return self
+
+    def at(self, site: str) -> Self:
+        """The configuration of one site, without patterns."""
+        experts = self.experts.at(site)
+        return self if experts is self.experts else self.model_copy(update={"experts": experts})
 
 
 class MixtureConfig(Closed):
-    """All sites of a mixture, in the order in which they claim modules."""
+    """All sites of a mixture, in the order in which they claim modules.
+
+    Attributes:
+        modules_to_save: names of modules that are trained and saved whole, such as a classifier's ``score``; matched as
+            targets are. Without experts (``disable_experts``) the frozen ones take their place.
+    """
 
     sites: Annotated[list[SiteConfig], Field(min_length=1)]
+    modules_to_save: list[Annotated[str, Field(pattern=r"^[\w.-]+$")]] = Field(default_factory=list)
 
 
 class ReasoningGymData(Closed):
@@ -191,6 +203,11 @@ class Recipe(Closed):
     seed: int = 0
 
     EXAMPLE: ClassVar[str] = "moelora train mixlora trainer.args.learning_rate=1e-3"
+
+
+def fits(path: str, name: str) -> bool:
+    """Whether the dotted ``path`` of a module equals ``name`` or ends with it after a dot."""
+    return path == name or path.endswith(f".{name}")
 
 
 def parse_slice(text: str) -> slice:

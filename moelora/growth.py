@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from .config import MixtureConfig, SiteConfig
+from .config import SiteConfig
 from .errors import ConfigError
 from .model import MoELoRAModel
 
@@ -40,13 +40,13 @@ def begin_task(model: MoELoRAModel) -> None:
         site = sites[group]
         sites[group] = SiteConfig.parse({**site.to_dict(), "experts": site.experts.next_task()})
     for container in growing.values():
-        config = container.config = sites[container.group]
+        config = container.config = sites[container.group].at(container.site.name)
         changed = {"ranks": config.experts.ranks, "scales": config.experts.scales}
         container.site = replace(container.site, **changed)
         if container.router is not None:
             container.router.site = replace(container.router.site, **changed)
         for bank in container.banks():
             bank.begin_task(config.experts)
-    model.mixture = MixtureConfig(sites=sites)
+    model.mixture = model.mixture.model_copy(update={"sites": sites})
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("a new task at %d sites: %d parameters are trainable; make a new optimizer", len(growing), count)

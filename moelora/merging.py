@@ -117,9 +117,21 @@ def merge(
     }
     for name, container in containers.items():
         container.base = merged[name][0]
+    _keep_saved(model)
     backbone = model.unload()
     _settle(backbone, dtype)
     return Merged(backbone, sites)
+
+
+def _keep_saved(model: MoELoRAModel) -> None:
+    """Let the modules that were trained whole take the place of the frozen ones for good."""
+    saved = model.saved_modules()
+    ends = (model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings())
+    if any(module is end for module in saved.values() for end in ends):
+        # The copy has a weight of its own, which loading the merged model must not tie again.
+        model.backbone.config.tie_word_embeddings = False
+    for module in saved.values():
+        module.base = module.trained.requires_grad_(False)
 
 
 def _refuse(model: MoELoRAModel) -> None:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .config import BackboneConfig, MixtureConfig, Recipe, SiteConfig, load_recipe
 from .errors import ConfigError
-from .experts import Container, build
+from .experts import Container, SavedModule, build
 from .losses import StepLoad as StepLoad
 from .model import MoELoRAModel as MoELoRAModel
 from .routers.base import Router
 from .routing import RoutingRecord, SiteInfo, Tape
 from .scoring import refuse_unscorable
-from .sites import layer_of, match_sites, refuse_overlaps, refuse_twins, sharing_key
+from .sites import (
+    layer_of,
+    match_saved,
+    match_sites,
+    refuse_idle_patterns,
+    refuse_overlaps,
+    refuse_twins,
+    sharing_key,
+)
 from .slot import RoutingSlot
+
+if TYPE_CHECKING:
+    from .checkpoints import Stored
+
+logger = logging.getLogger(__name__)
 
 
 def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[str, Any] | str | Path) -> MoELoRAModel:
     """Freeze ``backbone`` and put containers at the sites that ``mixture`` names. Changes ``backbone`` in place.
 
-    All of it is frozen, the head of a classifier too, which is no part of a checkpoint: train that first.
+    All of it is frozen, the head of a classifier too: name that in ``modules_to_save`` to train and save it.
 
     Args:
         mixture: a configuration, a mapping, a recipe, a model card's name, or the path of a recipe.
@@ -52,17 +66,22 @@ def attach(backbone: PreTrainedModel, mixture: MixtureConfig | Recipe | Mapping[
         )
     refuse_unscorable(backbone, config)
     matched = [match_sites(backbone, site) for site in config.sites]
-    refuse_overlaps(matched)
-    refuse_twins(backbone, [path for paths in matched for path in paths])
+    for site, paths in zip(config.sites, matched, strict=True):
+        refuse_idle_patterns(site, paths)
+    whole = match_saved(backbone, config.modules_to_save)
+    refuse_overlaps({f"sites.{i}": paths for i, paths in enumerate(matched)} | {"modules_to_save": whole})
+    refuse_twins(backbone, [path for paths in (*matched, whole) for path in paths])
     slot = RoutingSlot()
     # All are built before the first is put in place, so that an error leaves the backbone as it was.
-    containers: dict[str, Container] = {}
+    parts: dict[str, Container | SavedModule] = {}
     for group, (site, paths) in enumerate(zip(config.sites, matched, strict=True)):
-        containers.update(_build_group(backbone, site, paths, slot, group))
+        parts.update(_build_group(backbone, site, paths, slot, group))
+    for path in whole:
+        parts[path] = SavedModule(backbone.get_submodule(path), path, slot)
     backbone.requires_grad_(False)
-    for path, container in containers.items():
+    for path, part in parts.items():
         parent, _, child = path.rpartition(".")
-        setattr(backbone.get_submodule(parent), child, container)
+        setattr(backbone.get_submodule(parent), child, part)
     return MoELoRAModel(backbone, config, slot)
 
 
@@ -106,43 +125,68 @@ def from_pretrained(
     Args:
         path: a folder or a hub id.
         backbone: a loaded model, or a name for :func:`~moelora.load_backbone`; ``"auto"`` takes the name that the
-            checkpoint gives. ``None`` does so only for the backbone that ships with moelora: a file does not get to
-            choose what is downloaded.
+            checkpoint gives. ``None`` does so only for the backbone that ships with moelora, and for a layout that
+            keeps the backbone in the same files: a file does not get to choose what is downloaded.
         quantization, dtype, device_map: for loading the backbone; by default as in the checkpoint.
         **hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, as in transformers.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or does not fit the backbone.
+        CheckpointError: the checkpoint is missing, damaged, or does not fit the backbone, which is then as it was.
         ConfigError: the checkpoint names a backbone that was not asked for.
     """
     from . import checkpoints
-    from .backbone import DEFAULT_BACKBONE, load_backbone
 
     stored = checkpoints.read(path, **hub)
     tokenizer = None
     if not isinstance(backbone, PreTrainedModel):
-        named = stored.backbone.name
-        if backbone is None and named != DEFAULT_BACKBONE:
-            raise ConfigError(
-                f"{path} was trained on {named!r}: pass backbone={named!r} (or backbone='auto') to load it, or another "
-                "folder or hub id with the same weights"
-            )
-        changes: dict[str, Any] = {"name": named if backbone in (None, "auto") else backbone}
-        if changes["name"] != named:
-            changes.update(revision=None, subfolder=None)
-        if quantization is not None:
-            changes["quantization"] = quantization
-        if dtype is not None:
-            changes["dtype"] = dtype
-        config = BackboneConfig.parse({**stored.backbone.to_dict(), **changes})
-        backbone, tokenizer = load_backbone(config, device_map=device_map)
+        backbone, tokenizer = _backbone_of(stored, backbone, quantization, dtype, device_map)
+    model = put_on(backbone, stored)
+    model.tokenizer = tokenizer
+    return model
+
+
+def put_on(backbone: PreTrainedModel, stored: Stored) -> MoELoRAModel:
+    """Attach what a checkpoint describes and fill it with its numbers; the model is in evaluation mode.
+
+    Raises:
+        CheckpointError, ConfigError: it does not fit or is damaged; the backbone is then as it was.
+    """
     stored.check_backbone(backbone.config)
     model = attach(backbone, stored.to_attach())
-    declared = {name: tuple(value.shape) for name, value in model.adapter_tensors().items()}
-    model.load_adapter_state(stored.tensors(declared))
-    model.tokenizer = tokenizer
+    try:
+        declared = {name: tuple(value.shape) for name, value in model.adapter_tensors().items()}
+        model.load_adapter_state(stored.stream(declared))
+    except Exception:
+        model.unload()
+        raise
+    if saved := model.saved_modules():
+        logger.warning("%s replaces whole modules of the backbone: %s", stored.folder, ", ".join(saved))
     model.train(False)
     return model
+
+
+def _backbone_of(
+    stored: Stored, backbone: str | None, quantization: str | None, dtype: str | None, device_map: Any
+) -> tuple[PreTrainedModel, Any]:
+    """The backbone that the caller named, or allowed the checkpoint to name, and its tokenizer."""
+    from .backbone import DEFAULT_BACKBONE, load_backbone
+
+    if backbone is None and (own := stored.own_backbone(quantization, dtype, device_map)) is not None:
+        return own
+    named = stored.backbone.name
+    if backbone is None and named != DEFAULT_BACKBONE:
+        raise ConfigError(
+            f"{stored.folder} was trained on {named!r}: pass backbone={named!r} (or backbone='auto') to load it, or "
+            "another folder or hub id with the same weights"
+        )
+    changes: dict[str, Any] = {"name": named if backbone in (None, "auto") else backbone}
+    if changes["name"] != named:
+        changes.update(revision=None, subfolder=None)
+    if quantization is not None:
+        changes["quantization"] = quantization
+    if dtype is not None:
+        changes["dtype"] = dtype
+    return load_backbone(BackboneConfig.parse({**stored.backbone.to_dict(), **changes}), device_map=device_map)
 
 
 @contextmanager

@@ -102,6 +102,8 @@ class MoELoRAModel(Saving):
                 f"{', '.join(site.target)}: {len(members)} sites, {site.experts.num_experts} x {site.experts.kind} "
                 f"experts, router {router}, {count:,} parameters"
             )
+        for name, module in self.saved_modules().items():
+            lines.append(f"{name}: saved whole, {sum(p.numel() for p in module.trained.parameters()):,} parameters")
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(_unpacked_numel(p) for p in self.parameters())
         lines.append(f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
@@ -308,9 +310,9 @@ class MoELoRAModel(Saving):
         self._unloaded = True
         self._passes.remove()
         ignore_no_more(self.config)
-        for name, container in self.containers().items():
+        for name, part in {**self.containers(), **self.saved_modules()}.items():
             parent, _, child = name.rpartition(".")
-            setattr(self.backbone.get_submodule(parent), child, container.base)
+            setattr(self.backbone.get_submodule(parent), child, part.base)
         return self.backbone
 
     def refuse_unloaded(self) -> None:

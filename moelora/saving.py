@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from .config import BackboneConfig, MixtureConfig
-from .experts import Container
+from .experts import Container, SavedModule
 from .surface import Surface
 
 
@@ -30,15 +30,21 @@ class Saving(Surface):
         """Every container by the name of its site, in the order of the backbone's modules."""
         return {m.site.name: m for m in self.backbone.modules() if isinstance(m, Container)}
 
+    def saved_modules(self) -> dict[str, SavedModule]:
+        """Every module that is trained whole, by its path in the backbone."""
+        return {m.name: m for m in self.backbone.modules() if isinstance(m, SavedModule)}
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the experts and routers by its name in a checkpoint, ``<site>.lora_A`` and so on.
 
-        Frozen parameters and persistent buffers are among them. What sites share has the name of the first.
+        Frozen parameters and persistent buffers are among them, and the modules that are saved whole. What sites share
+        has the name of the first.
         """
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for name, container in self.containers().items():
-            for key, value in container.adapter_tensors().items():
+        parts: dict[str, Container | SavedModule] = {**self.containers(), **self.saved_modules()}
+        for name, part in parts.items():
+            for key, value in part.adapter_tensors().items():
                 if id(value) not in seen:
                     seen.add(id(value))
                     tensors[f"{name}.{key}"] = value
@@ -118,8 +124,18 @@ class Saving(Surface):
         names = {id(value): name for name, value in named}
         return {name: state_dict[names[id(value)]].detach() for name, value in tensors.items()}
 
-    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy checked tensors into the containers; names and shapes are those of :meth:`adapter_tensors`."""
-        with torch.no_grad():
-            for name, parameter in self.adapter_tensors().items():
-                parameter.copy_(tensors[name])
+    @torch.no_grad()
+    def load_adapter_state(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Copy checked tensors into the containers; names and shapes are those of :meth:`adapter_tensors`.
+
+        Args:
+            tensors: all of them, at once or one after another.
+
+        Raises:
+            KeyError: a tensor is missing or unknown.
+        """
+        missing = self.adapter_tensors()
+        for name, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            missing.pop(name).copy_(value)
+        if missing:
+            raise KeyError(", ".join(missing))

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .config import SiteConfig, parse_slice
+from .config import SiteConfig, fits, parse_slice
 from .errors import ConfigError
+
+
+def match_saved(backbone: nn.Module, names: Iterable[str]) -> list[str]:
+    """Paths of the modules that ``modules_to_save`` names, in the order of the backbone.
+
+    Raises:
+        ConfigError: a name matches nothing.
+    """
+    names = list(names)
+    return match_sites(backbone, SiteConfig(target=names)) if names else []
 
 
 def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
@@ -58,7 +68,7 @@ def _matches(path: str, target: str) -> bool:
             return re.fullmatch(target[3:], path) is not None
         except re.error as error:
             raise ConfigError(f"target {target!r} is not a regular expression: {error}") from None
-    return path == target or path.endswith("." + target)
+    return fits(path, target)
 
 
 def layer_of(path: str) -> int | None:
@@ -75,6 +85,21 @@ def sharing_key(path: str, share: str) -> str:
     layer = next((names[: depth + 1] for depth, name in enumerate(names) if name.isdigit()), [])
     keys = {"module": names, "parent": names[:-1], "layer": layer, "all": []}
     return ".".join(keys[share])
+
+
+def refuse_idle_patterns(site: SiteConfig, paths: Iterable[str]) -> None:
+    """Check that every rank or alpha pattern fits a site.
+
+    Raises:
+        ConfigError: names one that fits none.
+    """
+    known = list(paths)
+    for option in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(site.experts, option):
+            if not any(fits(path, name) for path in known):
+                raise ConfigError(
+                    f"experts.{option} has {name!r}, which fits none of the {len(known)} sites, such as {known[0]!r}"
+                )
 
 
 def refuse_twins(backbone: nn.Module, paths: Iterable[str]) -> None:
@@ -100,27 +125,27 @@ def refuse_twins(backbone: nn.Module, paths: Iterable[str]) -> None:
                 )
 
 
-def refuse_overlaps(matched: list[list[str]]) -> None:
-    """Check that no module is claimed by two site configurations, or lies inside a module that is claimed.
+def refuse_overlaps(matched: Mapping[str, Sequence[str]]) -> None:
+    """Check that no module is claimed twice, or lies inside a module that is claimed.
 
     Args:
-        matched: the paths of each site configuration.
+        matched: the paths by the key that names them, such as ``sites.0``.
 
     Raises:
         ConfigError: names both.
     """
-    claimed: dict[str, int] = {}
-    for group, paths in enumerate(matched):
+    claimed: dict[str, str] = {}
+    for key, paths in matched.items():
         for path in paths:
             if path in claimed:
-                raise ConfigError(f"{path!r} is claimed by sites.{claimed[path]} and sites.{group}: name it in one")
-            claimed[path] = group
+                raise ConfigError(f"{path!r} is claimed by {claimed[path]} and {key}: name it in one")
+            claimed[path] = key
     for path in claimed:
         parent = path.rpartition(".")[0]
         while parent:
             if parent in claimed:
                 raise ConfigError(
-                    f"{path!r} (sites.{claimed[path]}) lies inside {parent!r} (sites.{claimed[parent]}): a block site "
-                    "already adapts its projections; drop one of the two"
+                    f"{path!r} ({claimed[path]}) lies inside {parent!r} ({claimed[parent]}), which adapts all of it "
+                    "already; drop one of the two"
                 )
             parent = parent.rpartition(".")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import manifest, mixlora, native
+from . import loramoe, manifest, mixlora, native
 from .access import Description, convert, describe, read
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Stored
 from .manifest import commit, latest, verify
@@ -21,6 +21,7 @@ __all__ = [
     "convert",
     "describe",
     "latest",
+    "loramoe",
     "manifest",
     "mixlora",
     "names",

@@ -16,6 +16,7 @@ from .. import files
 from ..config import BackboneConfig, MixtureConfig
 from ..errors import CheckpointError
 from . import manifest
+from .folder import Folder
 from .layout import LAYOUTS, Architecture, Content, Layout, Stored
 from .reading import is_hub_id, load_mapping, regular_file
 
@@ -42,10 +43,11 @@ def read(
     """
     folder = _locate(path, revision, subfolder, token, cache_dir, local_files_only)
     files.recover(folder)
-    return detect(folder).read(folder)
+    opened = Folder(folder)
+    return detect(opened).read(opened)
 
 
-def detect(folder: Path) -> Layout:
+def detect(folder: Folder) -> Layout:
     """The layout of a folder, from what its files contain.
 
     Raises:
@@ -61,10 +63,10 @@ def detect(folder: Path) -> Layout:
     if found:
         reasons = " and ".join(f"{name} ({reason})" for name, (_, reason) in found.items())
         raise CheckpointError(
-            f"{folder}: expected the files of one layout, found those of {len(found)}: {reasons}; move one of them to "
-            "another folder"
+            f"{folder.path}: expected the files of one layout, found those of {len(found)}: {reasons}; move one of "
+            "them to another folder"
         )
-    raise CheckpointError(f"{folder}: {_nothing_known(folder)}")
+    raise CheckpointError(f"{folder.path}: {_nothing_known(folder.path)}")
 
 
 def convert(src: str | Path, dst: str | Path, *, to: str, **hub: Any) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import BackboneConfig, Closed, MixtureConfig
 from ..errors import CheckpointError
 from ..registry import Registry
+from .folder import Folder
 from .reading import not_finite
 from .tensor_file import TensorFile
 
@@ -71,12 +73,12 @@ class Part:
     """A tensor of a file, and where it belongs in a tensor of the mixture.
 
     Attributes:
-        key: its name in the file. shape: its shape there. where: index into the mixture's tensor.
+        key: its name in the file. shape: its shape there. where: index into the mixture's tensor; empty is all of it.
     """
 
     key: str
     shape: Shape
-    where: tuple[slice, ...] = ()
+    where: tuple[slice | int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,29 @@ class Stored(ABC):
 
     @abstractmethod
     def parts(self, declared: Mapping[str, Shape]) -> dict[str, list[Part]]:
-        """How the file cuts each tensor of the mixture.
+        """How the file cuts each tensor of the mixture; no parts where it does not hold one, see :meth:`derive`.
 
         Raises:
             CheckpointError: the layout has no place for a tensor.
         """
+
+    def derive(self, name: str, shape: Shape, read: Callable[[str], Tensor]) -> Tensor:
+        """A tensor of the mixture that the file does not hold, because it follows from others.
+
+        Args:
+            name, shape: of the tensor. read: gives another tensor of the mixture by its name.
+        """
+        raise NotImplementedError(f"layout {self.layout!r} gives no parts for {name!r} and does not derive it")
+
+    def own_backbone(
+        self, quantization: str | None, dtype: str | None, device_map: Any
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None:
+        """The backbone whose weights lie in the same files, where a layout keeps them there; else ``None``.
+
+        Args:
+            quantization, dtype, device_map: as in :func:`moelora.load_backbone`.
+        """
+        return None
 
     def to_attach(self) -> MixtureConfig:
         """The mixture in a form in which nothing that the file chose is run, such as a regular expression."""
@@ -146,44 +166,77 @@ class Stored(ABC):
             )
 
     def tensors(self, declared: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """Read the numbers into the declared structure, on the CPU and in the file's dtype.
+        """All of :meth:`stream` at once."""
+        return dict(self.stream(declared))
+
+    def stream(self, declared: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
+        """Read the numbers into the declared structure, one tensor after another, on the CPU and in the file's dtype.
 
         Args:
             declared: names and shapes that the mixture has on its backbone.
 
         Raises:
-            CheckpointError: anything is missing, unexpected, misshapen, of a wrong dtype or not finite; one message
+            CheckpointError: before the first tensor, if anything is missing, unexpected, misshapen or of a wrong dtype;
+                after the last, if anything was not finite, so what was read until then must not be used. One message
                 names all of it.
         """
         parts = self.parts(declared)
-        problems, sound = inspect(self.file, [part for each in parts.values() for part in each])
-        values = self.file.load(sound)
-        for key, value in values.items():
-            if count := not_finite(value):
-                problems.append(f"not finite: {key}: expected finite numbers, found {count} NaN or infinite")
+        problems, _ = inspect(self.file, [part for each in parts.values() for part in each])
+        if problems:
+            problems += [line for each in parts.values() for line in self._not_finite(each)]
         refuse(self.file.path, problems, self.backbone.name)
-        return {name: _assemble(shape, parts[name], values) for name, shape in declared.items()}
+        for name, shape in declared.items():
+            if parts[name]:
+                problems += self._not_finite(parts[name])
+                yield name, self._assemble(shape, parts[name])
+            else:
+                yield name, self.derive(name, shape, lambda other: self._assemble(declared[other], parts[other]))
+        refuse(self.file.path, problems, self.backbone.name)
+
+    def _not_finite(self, parts: Sequence[Part]) -> list[str]:
+        """A line for each tensor of the file with NaN or infinite numbers."""
+        found = []
+        for part in parts:
+            header = self.file.headers.get(part.key)
+            if header is None or header.dtype not in DTYPES:
+                continue
+            if count := not_finite(self.file.load([part.key])[part.key]):
+                found.append(f"not finite: {part.key}: expected finite numbers, found {count} NaN or infinite")
+        return found
+
+    def _assemble(self, shape: Shape, parts: Sequence[Part]) -> Tensor:
+        values = self.file.load([part.key for part in parts])
+        if len(parts) == 1 and not parts[0].where:
+            return values[parts[0].key]
+        dtypes = [values[part.key].dtype for part in parts]
+        # Zero where no part is: an adapter that has nothing there adds nothing.
+        result = torch.zeros(shape, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
+        for part in parts:
+            result[part.where] = values[part.key]
+        return result
 
 
 class Layout(ABC):
     """One published format. The docstring of a subclass is the format's full description."""
 
     kind: ClassVar[str]
-    files: ClassVar[tuple[str, ...]]  # all file names a checkpoint may consist of; nothing else is downloaded
+    # All file names that a checkpoint may consist of, with * for a part of a name; nothing else is downloaded.
+    files: ClassVar[tuple[str, ...]]
+    # Those of a layout that keeps a whole model; downloaded only where nothing was recognised without them.
+    model_files: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def detect(self, folder: Path) -> str | None:
+    def detect(self, folder: Folder) -> str | None:
         """Why ``folder`` looks like this layout, from what its files contain; ``None`` if it does not."""
 
     @abstractmethod
-    def read(self, folder: Path) -> Stored:
+    def read(self, folder: Folder) -> Stored:
         """Read and check everything but the numbers.
 
         Raises:
             CheckpointError: a file is missing or damaged, or says what this layout cannot mean.
         """
 
-    @abstractmethod
     def write(self, folder: Path, content: Content) -> None:
         """Write the files into an empty folder.
 
@@ -191,6 +244,7 @@ class Layout(ABC):
             OSError: writing failed.
             CheckpointError: the layout cannot express this mixture; the message says all that stands against it.
         """
+        raise CheckpointError(f"layout {self.kind!r} is read only: nobody reads what we would write; write another")
 
 
 def inspect(file: TensorFile, parts: Iterable[Part]) -> tuple[list[str], list[str]]:
@@ -204,7 +258,7 @@ def inspect(file: TensorFile, parts: Iterable[Part]) -> tuple[list[str], list[st
     for key, shape in expected.items():
         header = file.headers.get(key)
         if header is None:
-            problems.append(f"missing: {key}: expected {shape}, found nothing")
+            problems.append(f"missing: {key}: expected {shape if 0 not in shape else 'a tensor'}, found nothing")
         elif header.shape != shape:
             problems.append(f"misshapen: {key}: expected {shape}, found {header.shape}")
         elif header.dtype not in DTYPES:
@@ -242,13 +296,3 @@ def cut(tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> I
     for name, each in parts.items():
         for part in each:
             yield part.key, tensors[name][part.where].clone(memory_format=torch.contiguous_format)
-
-
-def _assemble(shape: Shape, parts: Sequence[Part], values: Mapping[str, Tensor]) -> Tensor:
-    if len(parts) == 1 and not parts[0].where:
-        return values[parts[0].key]
-    dtypes = [values[part.key].dtype for part in parts]
-    result = torch.empty(shape, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
-    for part in parts:
-        result[part.where] = values[part.key]
-    return result

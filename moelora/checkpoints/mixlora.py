@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from .. import files
 from ..config import BackboneConfig
 from ..errors import CheckpointError
+from .folder import ADAPTER_CONFIG, ADAPTER_TENSORS, Folder
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored, cut, inspect, refuse
 from .mixlora_config import ATTENTION, FFN, adapter_config, mixture_of, read_config
-from .reading import load_mapping, open_tensors, regular_file
 from .tensor_file import TensorFile
-
-CONFIG = "adapter_config.json"
-TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _OURS = re.compile(r"(?:.*?\.)?([0-9]+)\.(.+)\.(lora_A|lora_B|router\.weight)")
 _LAYER = re.compile(r"mixlora\.layers\.([0-9]{1,6})\.")
@@ -186,21 +183,17 @@ class MixLoRALayout(Layout):
     use_dora is refused: the trained magnitudes were never saved. A classification head (task_type SEQ_CLS) is refused.
     """
 
-    files = (CONFIG, *TENSORS)
+    files = (ADAPTER_CONFIG, *ADAPTER_TENSORS)
 
-    def detect(self, folder: Path) -> str | None:
-        path = folder / CONFIG
-        if not regular_file(path) or load_mapping(path).get("peft_type") != "MIXLORA":
+    def detect(self, folder: Folder) -> str | None:
+        if not folder.has(ADAPTER_CONFIG) or folder.mapping(ADAPTER_CONFIG).get("peft_type") != "MIXLORA":
             return None
-        return f"{CONFIG} has peft_type 'MIXLORA'"
+        return f"{ADAPTER_CONFIG} has peft_type 'MIXLORA'"
 
-    def read(self, folder: Path) -> MixLoRAStored:
-        path = folder / CONFIG
+    def read(self, folder: Folder) -> MixLoRAStored:
+        path = folder.path / ADAPTER_CONFIG
         config = read_config(path)
-        there = [name for name in TENSORS if regular_file(folder / name)]
-        if len(there) > 1:
-            raise CheckpointError(f"{folder}: expected one file with tensors, found {' and '.join(there)}: remove one")
-        file = open_tensors(folder / (there[0] if there else TENSORS[-1]))
+        file = folder.tensors(*reversed(ADAPTER_TENSORS))
         keys = _Keys(_generation(file, config.targets()))
         if config.num_experts > len(file.headers):
             raise CheckpointError(
@@ -208,7 +201,7 @@ class MixLoRALayout(Layout):
                 f"{len(file.headers)} tensors; the configuration was edited: restore it"
             )
         stored = MixLoRAStored(
-            folder=folder,
+            folder=folder.path,
             backbone=BackboneConfig(name=config.base_model_name_or_path, quantization=None),
             architecture=Architecture(hidden_act=config.act_fn),
             mixture=mixture_of(config, path),
@@ -230,11 +223,11 @@ class MixLoRALayout(Layout):
         ordered: dict[str, Tensor] = {
             key: nn.Parameter(tensors[key].detach().to("cpu", torch.float32)) for key in sorted(tensors, key=_place)
         }
-        (folder / CONFIG).write_text(json.dumps(values, indent=4), encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=4), encoding="utf-8")
         try:
-            torch.save(ordered, folder / TENSORS[-1])
+            torch.save(ordered, folder / ADAPTER_TENSORS[-1])
         except RuntimeError as error:  # how torch reports a full disk
-            raise files.os_error(error, folder / TENSORS[-1]) from error
+            raise files.os_error(error, folder / ADAPTER_TENSORS[-1]) from error
 
 
 def _generation(file: TensorFile, targets: list[str]) -> int:

@@ -18,6 +18,7 @@ from .. import __version__, files
 from ..config import FORMAT_VERSION, BackboneConfig, Closed, MixtureConfig
 from ..errors import CheckpointError
 from . import manifest
+from .folder import Folder
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored
 from .reading import is_hub_id, load_mapping, not_finite, open_tensors, parse, regular_file
 
@@ -60,7 +61,7 @@ class NativeStored(Stored):
             else site
             for site, names in zip(self.mixture.sites, self.names, strict=True)
         ]
-        return MixtureConfig(sites=sites)
+        return self.mixture.model_copy(update={"sites": sites})
 
     def parts(self, declared: Mapping[str, Shape]) -> dict[str, list[Part]]:
         return {name: [Part(name, shape)] for name, shape in declared.items()}
@@ -91,24 +92,24 @@ class NativeLayout(Layout):
 
     files = (CONFIG, TENSORS, CARD, files.MANIFEST)
 
-    def detect(self, folder: Path) -> str | None:
-        return f"it has {CONFIG}" if regular_file(folder / CONFIG) else None
+    def detect(self, folder: Folder) -> str | None:
+        return f"it has {CONFIG}" if folder.has(CONFIG) else None
 
-    def read(self, folder: Path) -> NativeStored:
-        path = folder / CONFIG
-        with files.reading(folder):
+    def read(self, folder: Folder) -> NativeStored:
+        path = folder.path / CONFIG
+        with files.reading(folder.path):
             values = load_mapping(path)
             manifest.refuse_newer(path, values)
             config = parse(NativeConfig, values, path)
-            file = open_tensors(folder / TENSORS)
-            manifest.check(folder, [CONFIG, TENSORS])
+            file = open_tensors(folder.path / TENSORS)
+            manifest.check(folder.path, [CONFIG, TENSORS])
         if len(config.sites) != len(config.mixture.sites):
             raise CheckpointError(
                 f"{path}: sites: expected one list for each of the {len(config.mixture.sites)} entries of "
                 f"mixture.sites, found {len(config.sites)}; the file was edited: restore it"
             )
         _refuse_huge(path, config, {key: header.shape for key, header in file.headers.items()})
-        return NativeStored(folder, config.backbone, config.architecture, config.mixture, file, config.sites)
+        return NativeStored(folder.path, config.backbone, config.architecture, config.mixture, file, config.sites)
 
     def write(self, folder: Path, content: Content) -> None:
         _write(folder, content, None)
@@ -208,7 +209,7 @@ def default_card(content: Content) -> str:
 def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) -> None:
     """Refuse a configuration that would allocate more than the file has numbers for."""
     for index, (site, names) in enumerate(zip(config.mixture.sites, config.sites, strict=True)):
-        stacked = site.experts.total_rank
+        stacked = max(site.experts.at(name).total_rank for name in names) if names else 0
         own = tuple(f"{name}." for name in names)
         # A bank that has grown keeps the ranks of older tasks in tensors of their own.
         mine = {key: max(shape, default=0) for key, shape in shapes.items() if key.startswith(own)}

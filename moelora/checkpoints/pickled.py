@@ -113,6 +113,7 @@ class PickleFile(TensorFile):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._values: Any = None
         try:
             extents = self._describe()
         except CheckpointError:
@@ -140,20 +141,24 @@ class PickleFile(TensorFile):
         Raises:
             CheckpointError: torch is older than 2.10, or it reads something else than the examination saw.
         """
+        if self._values is None:
+            self._values = self._read()
+        for key in keys:
+            value = self._values.get(key) if isinstance(self._values, dict) else None
+            if not isinstance(value, Tensor) or tuple(value.shape) != self.headers[key].shape:
+                raise self._refuse(f"two different descriptions of {key!r}")
+        return {key: self._values[key].detach() for key in keys}
+
+    def _read(self) -> Any:
         if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
             raise CheckpointError(
                 f"{self.path}: .bin files are read with torch 2.10 or newer only, found {torch.__version__}: upgrade "
                 "torch, or convert the checkpoint elsewhere with 'moelora convert'"
             )
         try:
-            values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, OSError) as error:
             raise self._refuse(f"one that torch cannot read ({str(error).splitlines()[0]})") from None
-        for key in keys:
-            value = values.get(key) if isinstance(values, dict) else None
-            if not isinstance(value, Tensor) or tuple(value.shape) != self.headers[key].shape:
-                raise self._refuse(f"two different descriptions of {key!r}")
-        return {key: values[key].detach() for key in keys}
 
     def _describe(self) -> dict[str, _Extent]:
         with zipfile.ZipFile(self.path) as archive:

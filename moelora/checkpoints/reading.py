@@ -70,6 +70,23 @@ def parse(cls: type[C], values: Mapping[str, Any], path: Path) -> C:
         raise CheckpointError(f"{error}; the file was damaged or edited: restore it") from None
 
 
+def parse_known(cls: type[C], values: Mapping[str, Any], path: Path) -> C:
+    """As :func:`parse`, for files whose writers add keys with time: an unknown one that says nothing is left out.
+
+    Raises:
+        CheckpointError: an unknown key has a value other than null, false, 0, or something empty: it may change what
+            the tensors mean.
+    """
+    unknown = {key: value for key, value in values.items() if key not in cls.model_fields}
+    if telling := {key: value for key, value in unknown.items() if value not in (None, False, 0, "", [], {})}:
+        named = ", ".join(f"{key}: {json.dumps(value)[:80]}" for key, value in telling.items())
+        raise CheckpointError(
+            f"{path}: keys that are not known here and may change what the tensors mean: {named}; expected "
+            f"{', '.join(cls.model_fields)}: upgrade moelora, or convert the checkpoint with the program that wrote it"
+        )
+    return parse(cls, {key: value for key, value in values.items() if key not in unknown}, path)
+
+
 class SafetensorsFile(TensorFile):
     """A ``.safetensors`` file. It stays open, so that replacing it on disk does not change what is read.
 

@@ -1,13 +1,15 @@
-"""What every file of named tensors offers, whatever its format."""
+"""What every file of named tensors offers, whatever its format; and several of them seen as one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+
+from ..errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,60 @@ class TensorFile(ABC):
     @abstractmethod
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Read these tensors, on the CPU."""
+
+
+class JoinedFile(TensorFile):
+    """Several files seen as one.
+
+    Args:
+        path: what messages name. files: each with the text that its keys get in front, by its name.
+
+    Raises:
+        CheckpointError: two files have a tensor of one name.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, tuple[str, TensorFile]]) -> None:
+        self.path = path
+        self.headers = {}
+        self._sources: dict[str, tuple[str, TensorFile, str]] = {}
+        for name, (prefix, file) in files.items():
+            for key, header in file.headers.items():
+                joined = prefix + key
+                if joined in self._sources:
+                    raise CheckpointError(
+                        f"{path}: {joined}: expected in one file, found in {self._sources[joined][0]} and in {name}"
+                    )
+                self._sources[joined] = (name, file, key)
+                self.headers[joined] = header
+
+    def file_of(self, key: str) -> str | None:
+        """The name of the file that holds a tensor."""
+        return self._sources[key][0] if key in self._sources else None
+
+    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        found = {}
+        for key in keys:
+            _, file, inner = self._sources[key]
+            found[key] = file.load([inner])[inner]
+        return found
+
+
+class SelectedFile(TensorFile):
+    """The tensors of a file that belong to an adapter, where the file holds others beside them.
+
+    Args:
+        keep: tells by its name whether a tensor belongs to the adapter. Others must be what a layout says may be there:
+            it is for the layout to refuse the rest.
+
+    Attributes:
+        others: headers of the tensors that are left out.
+    """
+
+    def __init__(self, file: TensorFile, keep: Callable[[str], bool]) -> None:
+        self.path = file.path
+        self.headers = {key: header for key, header in file.headers.items() if keep(key)}
+        self.others = {key: header for key, header in file.headers.items() if key not in self.headers}
+        self._file = file
+
+    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        return self._file.load(keys)

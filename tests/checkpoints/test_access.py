@@ -17,7 +17,7 @@ from moelora.errors import CheckpointError, ConfigError
 
 
 def test_layouts_are_listed_and_described() -> None:
-    assert checkpoints.names() == ["mixlora", "native"]
+    assert {"mixlora", "native"} <= set(checkpoints.names())
     for name in checkpoints.names():
         assert len((checkpoints.LAYOUTS.get(name).__doc__ or "").splitlines()) > 10
 
@@ -95,7 +95,7 @@ def test_a_run_in_place_of_a_checkpoint(native: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"known layout \(mixlora: adapter_config\.json.*found config\.json"):
+    with pytest.raises(CheckpointError, match=r"known layout \(.*mixlora: adapter_config\.json.*found config\.json"):
         checkpoints.read(tmp_path)
 
 
@@ -127,8 +127,8 @@ def test_convert_refuses_what_it_would_overwrite(native: Path, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     checkpoints.convert(native, tmp_path / "empty", to="native")
     checkpoints.verify(tmp_path / "empty")
-    with pytest.raises(ConfigError, match="unknown checkpoint layout 'peft': known are mixlora, native"):
-        checkpoints.convert(native, tmp_path / "other", to="peft")
+    with pytest.raises(ConfigError, match=r"unknown checkpoint layout 'pfet': known are .*mixlora, .*native"):
+        checkpoints.convert(native, tmp_path / "other", to="pfet")
 
 
 def test_converted_checkpoint_gives_the_same_logits(fixtures: Path, tmp_path: Path, reference_backbone: Any) -> None:
