@@ -22,6 +22,8 @@ from .bank import ExpertBank, ExpertsConfig, PositiveInt
 
 Scaling = Literal["lora", "rslora"]
 Rank = Annotated[int, Field(ge=0)]
+# Fit to be the name of a file.
+Name = Annotated[str, Field(pattern=r"^\w[\w .+-]{0,99}$")]
 
 
 class FrozenConfig(ExpertsConfig):
@@ -31,12 +33,20 @@ class FrozenConfig(ExpertsConfig):
         r: rank of every expert, or one rank per expert; 0 for an adapter that has nothing at a site.
         scaling: ``lora`` scales each update by alpha / r, ``rslora`` by alpha / sqrt(r); a list says so for each
             expert, or gives its factor itself, and ``alpha`` is then of no matter for it.
+        names: of the adapters that the experts come from, for reports, model cards and exports.
     """
 
     kind: str = "frozen"
     r: PositiveInt | list[Rank] = 16
     rank_pattern: dict[str, PositiveInt | list[Rank]] = Field(default_factory=dict)
     scaling: Scaling | Annotated[list[Scaling | float], Field(min_length=1)] = "lora"
+    names: list[Name] | None = None
+
+    @model_validator(mode="after")
+    def _one_name_per_expert(self) -> Self:
+        if self.names is not None and not len(self.names) == len(set(self.names)) == self.num_experts:
+            raise ValueError(f"names lists {self.names} for {self.num_experts} experts: give each one of its own")
+        return self
 
     @model_validator(mode="after")
     def _one_scale_per_expert(self) -> Self:

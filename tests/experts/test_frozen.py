@@ -116,6 +116,17 @@ def test_scales_must_be_one_for_each_expert() -> None:
         build(nn.Linear(8, 8), site(scaling="square"))
 
 
+def test_each_expert_may_have_a_name_of_its_own() -> None:
+    container = build(nn.Linear(8, 8), site(names=["math", "code-2", "Büro +1"]))
+    assert container.config.experts.names == ["math", "code-2", "Büro +1"]
+    for names in (["a", "b"], ["a", "a", "b"], ["a", "b", "b", "c"]):
+        with pytest.raises(ConfigError, match="for 3 experts: give each one of its own"):
+            build(nn.Linear(8, 8), site(names=names))
+    for name in ("", "../b", "a/b", ".hidden", "a\nb", "a" * 101):
+        with pytest.raises(ConfigError, match="names"):
+            build(nn.Linear(8, 8), site(names=["x", "y", name]))
+
+
 def test_a_block_is_filled_projection_by_projection(tiny_llama: LlamaForCausalLM) -> None:
     block = build(tiny_llama.model.layers[0].mlp, site())
     assert isinstance(block, BlockContainer)
