@@ -152,6 +152,7 @@ def put_on(backbone: PreTrainedModel, stored: Stored) -> MoELoRAModel:
         CheckpointError, ConfigError: it does not fit or is damaged; the backbone is then as it was.
     """
     stored.check_backbone(backbone.config)
+    stored.check_weights(backbone)
     model = attach(backbone, stored.to_attach())
     try:
         declared = {name: tuple(value.shape) for name, value in model.adapter_tensors().items()}

@@ -165,6 +165,14 @@ class Stored(ABC):
                 f"{self.backbone.name!r}, which it was trained on"
             )
 
+    def check_weights(self, backbone: PreTrainedModel) -> None:
+        """Compare the backbone's weights with those that lie in the same files, where a layout keeps them there.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        return
+
     def tensors(self, declared: Mapping[str, Shape]) -> dict[str, Tensor]:
         """All of :meth:`stream` at once."""
         return dict(self.stream(declared))
