@@ -58,6 +58,9 @@ class Router(nn.Module, Generic[ConfigT]):
         samples: in training the router draws its choice, and learns by comparing the losses of several draws
             (``moelora.policy``) instead of through its weights.
         any_width: the router looks at no hidden states, so sites of any width may share it.
+        task_ids: what the ``task_ids`` of a batch are when it is trained: ``tasks`` of the router's own, the index of
+            ``experts`` (-1 for none), or of no matter.
+        train_phase: the ``phase`` of the routing context that it is trained in, if it has one.
     """
 
     kind: ClassVar[str]
@@ -69,6 +72,8 @@ class Router(nn.Module, Generic[ConfigT]):
     needs_fit: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     any_width: ClassVar[bool] = False
+    task_ids: ClassVar[Literal["tasks", "experts"] | None] = None
+    train_phase: ClassVar[str | None] = None
 
     def __init__(self, config: ConfigT, site: SiteInfo) -> None:
         super().__init__()

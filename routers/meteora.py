@@ -71,6 +71,7 @@ class MeteoRARouter(Router[MeteoRAConfig]):
     """
 
     Config = MeteoRAConfig
+    task_ids = "experts"
 
     def __init__(self, config: MeteoRAConfig, site: SiteInfo) -> None:
         super().__init__(config, site)

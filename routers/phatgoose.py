@@ -49,6 +49,8 @@ class PhatgooseRouter(Router[PhatgooseConfig]):
     """
 
     Config = PhatgooseConfig
+    task_ids = "experts"
+    train_phase = "gate"
 
     def __init__(self, config: PhatgooseConfig, site: SiteInfo) -> None:
         super().__init__(config, site)
@@ -63,7 +65,7 @@ class PhatgooseRouter(Router[PhatgooseConfig]):
         Raises:
             UserError: in the phase ``gate`` there are no ``task_ids``, or they do not fit.
         """
-        if inputs.context.phase == "gate":
+        if inputs.context.phase == self.train_phase:
             return self._train_gates(inputs)
         hidden, width = inputs.hidden_states.float(), self.weight.shape[1]
         logits = F.linear(F.layer_norm(hidden, (width,)), F.layer_norm(self.weight.float(), (width,)))

@@ -50,6 +50,7 @@ class TaskRouter(Router[TaskConfig]):
 
     Config = TaskConfig
     any_width = True
+    task_ids = "tasks"
 
     def __init__(self, config: TaskConfig, site: SiteInfo) -> None:
         super().__init__(config, site)
