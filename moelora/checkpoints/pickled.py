@@ -13,7 +13,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,23 @@ class _Describer(pickle.Unpickler):
 
 
 class PickleFile(TensorFile):
-    """A ``torch.save`` file that holds a flat dict of tensors.
+    """A ``torch.save`` file that holds a flat dict of tensors, or dicts in dicts.
+
+    Args:
+        depth: how many dicts may lie in each other. Above 1 there may be whole numbers and texts beside the tensors,
+            and a name is that of each dict on the way to it, with ``/`` between.
+
+    Attributes:
+        plain: what is no tensor, by name.
 
     Raises:
         CheckpointError: anything else; names the file and what it holds that it must not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, depth: int = 1) -> None:
         self.path = path
+        self.plain: dict[str, int | str | None] = {}
+        self._depth = depth
         self._values: Any = None
         try:
             extents = self._describe()
@@ -142,12 +151,14 @@ class PickleFile(TensorFile):
             CheckpointError: torch is older than 2.10, or it reads something else than the examination saw.
         """
         if self._values is None:
-            self._values = self._read()
+            self._values = dict(self._leaves(self._read()))
+        found = {}
         for key in keys:
-            value = self._values.get(key) if isinstance(self._values, dict) else None
+            value = self._values.get(key)
             if not isinstance(value, Tensor) or tuple(value.shape) != self.headers[key].shape:
                 raise self._refuse(f"two different descriptions of {key!r}")
-        return {key: self._values[key].detach() for key in keys}
+            found[key] = value.detach()
+        return found
 
     def _read(self) -> Any:
         if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
@@ -175,17 +186,37 @@ class PickleFile(TensorFile):
                 raise self._refuse("numbers that are not little-endian")
             content = archive.read(pickles[0])
         self._allow_only_tensors(content)
-        extents = _Describer(io.BytesIO(content)).load()
-        if not isinstance(extents, dict):
-            raise self._refuse(f"a {type(extents).__name__}")
-        for key, extent in extents.items():
-            if not isinstance(key, str) or not isinstance(extent, _Extent):
+        extents = {}
+        for key, leaf in self._leaves(_Describer(io.BytesIO(content)).load()):
+            if isinstance(leaf, _Extent):
+                extents[key] = leaf
+            elif self._depth > 1 and isinstance(leaf, int | str | None):
+                self.plain[key] = leaf
+            else:
                 raise self._refuse(f"an entry {key!r} that is no tensor")
+        for key, extent in extents.items():
             member = members.get(f"{root}data/{extent.storage.key}")
             size = extent.storage.numel * extent.storage.kind.itemsize
             if member is None or member.file_size != size or extent.end > extent.storage.numel:
                 raise self._refuse(f"a tensor {key!r} of shape {extent.shape} without the bytes for it")
         return extents
+
+    def _leaves(self, value: Any) -> Iterator[tuple[str, Any]]:
+        """What the dicts hold, by name; a dict in two places, which could stand for any number of them, is refused."""
+        seen = set()
+        waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+        while waiting:
+            path, value = waiting.pop()
+            if isinstance(value, dict) and len(path) < self._depth:
+                odd = (key for key in value if not isinstance(key, str) or (self._depth > 1 and "/" in key))
+                if id(value) in seen or next(odd, None) is not None:
+                    raise self._refuse(f"a dict {'/'.join(path)!r} that is there twice, or whose keys are not names")
+                seen.add(id(value))
+                waiting += [((*path, key), inner) for key, inner in reversed(value.items())]
+            elif path:
+                yield "/".join(path), value
+            else:
+                raise self._refuse(f"a {type(value).__name__}")
 
     def _allow_only_tensors(self, content: bytes) -> None:
         with warnings.catch_warnings():
@@ -200,6 +231,6 @@ class PickleFile(TensorFile):
 
     def _refuse(self, found: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: expected a torch.save file with a flat dict of tensors, found {found}; do not load it: get "
-            "the checkpoint from its author again, as safetensors if there is one"
+            f"{self.path}: expected a torch.save file with {'dicts' if self._depth > 1 else 'a flat dict'} of tensors, "
+            f"found {found}; do not load it: get the checkpoint from its author again, as safetensors if there is one"
         )
