@@ -21,10 +21,12 @@ class Saving(Surface):
 
     Attributes:
         mixture: the configuration. tokenizer: saved with the mixture by :meth:`push_to_hub`, if there is one.
+        card: text of the README.md where :meth:`save_pretrained` is given none, such as that of a composition.
     """
 
     mixture: MixtureConfig
     tokenizer: Any
+    card: str | None = None
 
     def containers(self) -> dict[str, Container]:
         """Every container by the name of its site, in the order of the backbone's modules."""
@@ -69,7 +71,7 @@ class Saving(Surface):
 
         Args:
             state_dict: tensors to take instead of the model's own, by the model's parameter names (ZeRO-3, FSDP).
-            card: text of the README.md; without it a short card is written.
+            card: text of the README.md; by default the model's own, and without one a short card is written.
         """
         from .checkpoints import Architecture, native
 
@@ -82,7 +84,7 @@ class Saving(Surface):
                 self.adapter_state(state_dict),
                 sites=[[name for name, c in self.containers().items() if c.group == group] for group in groups],
                 architecture=Architecture.of(self.config),
-                card=card,
+                card=self.card if card is None else card,
             )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

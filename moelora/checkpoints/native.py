@@ -186,11 +186,7 @@ def _write(folder: Path, content: Content, card: str | None) -> None:
 
 def default_card(content: Content) -> str:
     """A short model card: what it is, on which backbone, and how to load it."""
-    front: dict[str, Any] = {"library_name": "moelora", "tags": ["moelora", "mixture-of-experts", "lora"]}
     name = content.backbone.name
-    if "/" in name and is_hub_id(name):
-        front["base_model"] = name
-    header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
     rows = "".join(
         f"| {', '.join(site.target)} | {len(names)} | {site.experts.num_experts} × {site.experts.kind}, "
         f"r = {site.experts.r} | {site.router.kind if site.router is not None else 'always on'} |\n"
@@ -199,11 +195,19 @@ def default_card(content: Content) -> str:
     count = sum(value.numel() for value in content.tensors.values())
     shown = json.dumps(name)
     return (
-        f"---\n{header}---\n\n# A mixture of LoRA experts\n\n"
+        f"{front_matter(name)}\n# A mixture of LoRA experts\n\n"
         f"{count:,} adapter parameters on the frozen backbone `{name}`, written by moelora {__version__}.\n\n"
         f"| target | sites | experts | router |\n| --- | --- | --- | --- |\n{rows}\n"
         f'```python\nimport moelora\n\nmodel = moelora.from_pretrained("path/to/this/folder", backbone={shown})\n```\n'
     )
+
+
+def front_matter(backbone: str, *tags: str) -> str:
+    """The YAML at the top of a model card, by which the hub finds and labels it."""
+    front: dict[str, Any] = {"library_name": "moelora", "tags": ["moelora", "mixture-of-experts", "lora", *tags]}
+    if "/" in backbone and is_hub_id(backbone):
+        front["base_model"] = backbone
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---\n"
 
 
 def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) -> None:
