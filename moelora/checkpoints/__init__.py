@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import loramoe, manifest, mixlora, native
+from . import flylora, loramoe, manifest, mixlora, moram, moram_xtail, native, smora
 from .access import Description, convert, describe, read
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Stored
 from .manifest import commit, latest, verify
@@ -20,12 +20,16 @@ __all__ = [
     "commit",
     "convert",
     "describe",
+    "flylora",
     "latest",
     "loramoe",
     "manifest",
     "mixlora",
+    "moram",
+    "moram_xtail",
     "names",
     "native",
     "read",
+    "smora",
     "verify",
 ]
