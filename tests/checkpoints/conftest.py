@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import moelora
 from moelora import checkpoints
+
+sys.path.insert(0, str(Path(__file__).parent))  # for one_linear.py
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "mixlora_tiny"
 MIXTURE = {
