@@ -41,10 +41,15 @@ def read(
     Raises:
         CheckpointError: nothing there, no layout or several, damaged, or not to be trusted.
     """
-    folder = _locate(path, revision, subfolder, token, cache_dir, local_files_only)
+    places = (revision, subfolder, token, cache_dir, local_files_only)
+    patterns = [name for layout in LAYOUTS for name in LAYOUTS.get(layout).files]
+    folder = _locate(path, patterns, *places)
     files.recover(folder)
     opened = Folder(folder)
-    return detect(opened).read(opened)
+    layout = detect(opened)
+    if further := layout.further_files(opened):
+        opened = Folder(_locate(path, [*patterns, *further], *places))
+    return layout.read(opened)
 
 
 def detect(folder: Folder) -> Layout:
@@ -157,6 +162,7 @@ def describe(path: str | Path, **hub: Any) -> Description:
 
 def _locate(
     path: str | Path,
+    patterns: Sequence[str],
     revision: str | None,
     subfolder: str | None,
     token: str | bool | None,
@@ -173,7 +179,6 @@ def _locate(
             raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found no folder; give its folder")
         return folder
     _check_hub_id(path)
-    patterns = [name for layout in LAYOUTS for name in LAYOUTS.get(layout).files]
     try:
         snapshot = snapshot_download(
             str(path),

@@ -233,6 +233,14 @@ class Layout(ABC):
     # Those of a layout that keeps a whole model; downloaded only where nothing was recognised without them.
     model_files: ClassVar[tuple[str, ...]] = ()
 
+    def further_files(self, folder: Folder) -> tuple[str, ...]:
+        """What :attr:`files` does not name, because only those files themselves tell; downloaded after them.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        return ()
+
     @abstractmethod
     def detect(self, folder: Folder) -> str | None:
         """Why ``folder`` looks like this layout, from what its files contain; ``None`` if it does not."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import __version__, files
 from ..config import FORMAT_VERSION, BackboneConfig, Closed, MixtureConfig
 from ..errors import CheckpointError
+from ..sites import sharing_key
 from . import manifest
 from .folder import Folder
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored
@@ -64,7 +65,19 @@ class NativeStored(Stored):
         return self.mixture.model_copy(update={"sites": sites})
 
     def parts(self, declared: Mapping[str, Shape]) -> dict[str, list[Part]]:
-        return {name: [Part(name, shape)] for name, shape in declared.items()}
+        return {name: [Part(self._key(name), shape)] for name, shape in declared.items()}
+
+    def _key(self, name: str) -> str:
+        """The name in the file. A router that sites share is called after the first of them, and a layout from which
+        the file was converted may not have known which module of a layer the backbone has first.
+        """
+        path, _, tail = name.rpartition(".router.")
+        for site, names in zip(self.mixture.sites, self.names, strict=True):
+            if name not in self.file.headers and path in names and site.router is not None:
+                share = sharing_key(path, site.router.share)
+                others = (other for other in names if sharing_key(other, site.router.share) == share)
+                return next((key for key in (f"{o}.router.{tail}" for o in others) if key in self.file.headers), name)
+        return name
 
 
 @LAYOUTS.register("native")
