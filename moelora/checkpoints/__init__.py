@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from . import flylora, loramoe, manifest, mixlora, moram, moram_xtail, native, smora
+from . import (
+    flylora,
+    hydralora,
+    loramoe,
+    manifest,
+    meteora,
+    mixlora,
+    moram,
+    moram_xtail,
+    native,
+    peft,
+    peft_xlora,
+    smora,
+    xlora,
+)
 from .access import Description, convert, describe, read
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Stored
 from .manifest import commit, latest, verify
@@ -21,15 +35,20 @@ __all__ = [
     "convert",
     "describe",
     "flylora",
+    "hydralora",
     "latest",
     "loramoe",
     "manifest",
+    "meteora",
     "mixlora",
     "moram",
     "moram_xtail",
     "names",
     "native",
+    "peft",
+    "peft_xlora",
     "read",
     "smora",
     "verify",
+    "xlora",
 ]

@@ -19,6 +19,8 @@ from ..errors import CheckpointError
 from .folder import ADAPTER_CONFIG, ADAPTER_TENSORS
 from .layout import Content
 
+UNKNOWN = "unknown"  # the backbone of a file that names none
+
 
 class AdapterConfig(Closed):
     """The keys of ``adapter_config.json`` that all have; a layout adds its own, and narrows those that it restricts."""
@@ -39,7 +41,7 @@ class AdapterConfig(Closed):
 
     def backbone(self) -> BackboneConfig:
         """What the file says of the backbone; nothing is loaded because of it."""
-        return BackboneConfig(name=self.base_model_name_or_path or "unknown", quantization=None, revision=self.revision)
+        return BackboneConfig(name=self.base_model_name_or_path or UNKNOWN, quantization=None, revision=self.revision)
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, pickled: bool) -> None:
@@ -116,7 +118,7 @@ def against_linears(content: Content, kinds: Iterable[str], routers: Iterable[st
         if router not in routers:
             named = " or ".join("always on" if kind is None else kind for kind in routers)
             reasons.append(f"its routers are {named}, found {router or 'none'}")
-        if len({(*site.experts.ranks, *site.experts.rank_pattern)}) > 1 or len(set(site.experts.alphas)) > 1:
+        if len({*site.experts.ranks, *site.experts.rank_pattern}) > 1 or len(set(site.experts.alphas)) > 1:
             reasons.append("all its experts have one r and one alpha, found several")
         if site.experts.alpha_pattern:
             reasons.append("it has no alpha for single sites")
