@@ -54,7 +54,8 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         OSError: writing failed.
     """
-    text = json.dumps(dict(config), indent=2, sort_keys=True)
+    # What lies inside keeps its order, which may mean something: the number of an X-LoRA expert is its place.
+    text = json.dumps(dict(sorted(config.items())), indent=2)
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     path = folder / ADAPTER_TENSORS[1 if pickled else 0]
