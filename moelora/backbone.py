@@ -103,22 +103,22 @@ def load_backbone(
     """
     config = _configuration(name, options)
     source, places = _source(config, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    with _explained(config.name):
+    with explained(config.name):
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False, **places)
-    _check_causal(config.name, model_config)
-    arguments = _weights(config, model_config, device_map)
-    with _explained(config.name):
+    check_causal(config.name, model_config)
+    arguments = loading_arguments(config, model_config, device_map)
+    with explained(config.name):
         loading: Any = AutoModelForCausalLM.from_pretrained(
             source, config=model_config, trust_remote_code=False, output_loading_info=True, **arguments, **places
         )
-        loaded = _tokenizer(config.name, source, places) if tokenizer else None
+        loaded = load_tokenizer(config.name, source, places) if tokenizer else None
     model: PreTrainedModel = loading[0]
     if missing := sorted(loading[1]["missing_keys"]):
         raise UserError(
             f"backbone {config.name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]!r}: "
             "it is not a whole causal language model; name a checkpoint that is"
         )
-    _settle(model, config)
+    settle(model, config)
     return model, loaded
 
 
@@ -150,7 +150,7 @@ def _source(config: BackboneConfig, **places: Any) -> tuple[str, dict[str, Any]]
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn what the loader raises into one paragraph that says what to do."""
     try:
         yield
@@ -169,7 +169,7 @@ def _explained(name: str) -> Iterator[None]:
         raise UserError(f"backbone {name!r} cannot be loaded: {remedy}") from error
 
 
-def _check_causal(name: str, config: PreTrainedConfig) -> None:
+def check_causal(name: str, config: PreTrainedConfig) -> None:
     """Refuse a model that would be given a fresh, random head, before any weight is read."""
     causal = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -181,7 +181,7 @@ def _check_causal(name: str, config: PreTrainedConfig) -> None:
         raise UserError(f"backbone {name!r} is a {kind}, not a causal language model: name a model that generates text")
 
 
-def _weights(config: BackboneConfig, model_config: PreTrainedConfig, device_map: DeviceMap) -> dict[str, Any]:
+def loading_arguments(config: BackboneConfig, model_config: PreTrainedConfig, device_map: DeviceMap) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` about precision and place.
 
     Raises:
@@ -255,7 +255,12 @@ def _need_bitsandbytes(quantization: str | None) -> None:
             log.addFilter(_Without(start))
 
 
-def _tokenizer(name: str, source: str, places: dict[str, Any]) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, source: str, places: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad.
+
+    Raises:
+        UserError: it has neither a padding nor an end token.
+    """
     loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **places)
     if loaded.pad_token_id is None:
         if loaded.eos_token_id is None:
@@ -268,7 +273,7 @@ def _tokenizer(name: str, source: str, places: dict[str, Any]) -> PreTrainedToke
     return loaded
 
 
-def _settle(model: PreTrainedModel, config: BackboneConfig) -> None:
+def settle(model: PreTrainedModel, config: BackboneConfig) -> None:
     """Freeze, switch to ``eval``, and remember what was loaded."""
     model.requires_grad_(False)
     model.train(False)
