@@ -47,7 +47,6 @@ _HEADS = {
 class PeftConfig(AdapterConfig):
     """The keys of ``LoraConfig`` of peft 0.21.2. Those that are of no matter for the numbers are of any type."""
 
-    auto_mapping: dict[str, Any] | None = None
     bias: Any = "none"
     use_rslora: bool = False
     use_dora: bool = False

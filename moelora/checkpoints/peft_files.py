@@ -27,7 +27,7 @@ class AdapterConfig(Closed):
 
     peft_type: Literal["LORA"]
     task_type: str | None = None
-    auto_mapping: None = None
+    auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
