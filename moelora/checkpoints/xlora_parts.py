@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from .by_module import in_order
 from .folder import Folder
 from .layout import LAYOUTS, Part, Shape, Stored, inspect, refuse
+from .peft_files import UNKNOWN
 from .peft_patterns import most_common, site_patterns
 from .reading import parse
 from .tensor_file import JoinedFile, TensorFile
@@ -300,5 +301,5 @@ def backbone_of(name: str | None, revision: str | None, experts: Sequence[Expert
     """The backbone that the configuration names, else the one that the adapters name."""
     if name is not None:
         return BackboneConfig(name=name, quantization=None, revision=revision)
-    named = [expert.backbone for expert in experts if expert.backbone.name != "unknown"]
+    named = [expert.backbone for expert in experts if expert.backbone.name != UNKNOWN]
     return most_common(named) if named else experts[0].backbone
