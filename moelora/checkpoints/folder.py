@@ -71,8 +71,11 @@ class Folder:
             )
         name = there[0] if there else names[0]
         if name not in self._tensors:
-            self._tensors[name] = open_tensors(self.path / name)
+            self._tensors[name] = self._open(name)
         return self._tensors[name]
+
+    def _open(self, name: str) -> TensorFile:
+        return open_tensors(self.path / name)
 
     def adapter(self) -> tuple[dict[str, Any], TensorFile] | None:
         """``adapter_config.json`` and the tensors beside it; ``None`` where one of the two is missing.
@@ -112,7 +115,7 @@ class Folder:
                     f"{self.path / index}: weight_map: expected names such as model-00001-of-00002.safetensors, found "
                     f"{name!r}"
                 )
-        joined = JoinedFile(self.path / index, {name: ("", open_tensors(self.path / name)) for name in shards})
+        joined = JoinedFile(self.path / index, {name: ("", self._open(name)) for name in shards})
         wrong = next((key for key, name in weights.items() if joined.file_of(key) != name), None)
         if wrong is not None or len(weights) != len(joined.headers):
             raise CheckpointError(

@@ -20,7 +20,7 @@ from .tensor_file import Header, TensorFile
 
 C = TypeVar("C", bound=Closed)
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def is_hub_id(text: str) -> bool:
@@ -102,7 +102,7 @@ class SafetensorsFile(TensorFile):
             for key in self._file.keys():  # noqa: SIM118 - not a mapping
                 view = self._file.get_slice(key)
                 dtype = view.get_dtype()
-                self.headers[key] = Header(_SAFETENSORS_DTYPES.get(dtype, dtype), tuple(view.get_shape()))
+                self.headers[key] = Header(SAFETENSORS_DTYPES.get(dtype, dtype), tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: expected a safetensors file, found one that cannot be read ({error}): it is truncated or "
