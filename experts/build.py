@@ -57,7 +57,7 @@ def build(
         width = spec.hidden_size
         site = SiteInfo(name, layer, width, width, experts.ranks, experts.scales, tuple(members), hidden_size)
         container = BlockContainer(base, config, site, slot, group, router, spec)
-    device = _device(base)
+    device = device_of(base)
     container.experts.to(device)
     if container.router is not None:
         container.router.to(device)
@@ -65,6 +65,7 @@ def build(
     return container
 
 
-def _device(base: nn.Module) -> torch.device:
+def device_of(base: nn.Module) -> torch.device:
+    """Where a module's parameters are; the CPU where it has none."""
     tensor: Tensor | None = next(base.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device

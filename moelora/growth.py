@@ -19,8 +19,10 @@ def begin_task(model: MoELoRAModel) -> None:
     experts there are follows, and the model is saved and loaded as any other. An error leaves the model as it was.
 
     Raises:
-        ConfigError: no bank grows, or the router of one has tensors that were made for the experts there are.
+        ConfigError: no bank grows, its router has tensors that were made for the experts there are, or several adapters
+            are active.
     """
+    adapter = model.active_adapter
     growing = {
         name: container
         for name, container in model.containers().items()
@@ -40,7 +42,7 @@ def begin_task(model: MoELoRAModel) -> None:
         site = sites[group]
         sites[group] = SiteConfig.parse({**site.to_dict(), "experts": site.experts.next_task()})
     for container in growing.values():
-        config = container.config = sites[container.group].at(container.site.name)
+        config = container.config = sites[container.group].at(container.site.path)
         changed = {"ranks": config.experts.ranks, "scales": config.experts.scales}
         container.site = replace(container.site, **changed)
         if container.router is not None:
@@ -49,4 +51,5 @@ def begin_task(model: MoELoRAModel) -> None:
             bank.begin_task(config.experts)
     model.mixture = model.mixture.model_copy(update={"sites": sites})
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("a new task at %d sites: %d parameters are trainable; make a new optimizer", len(growing), count)
+    done = "a new task of adapter %r at %d sites: %d parameters are trainable; make a new optimizer"
+    logger.info(done, adapter, len(growing), count)

@@ -15,16 +15,15 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
-from .config import MixtureConfig
+from .adapters import Adapter, Adapters
 from .errors import ConfigError
 from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
-from .passes import Passes
 from .routers.base import Router
 from .routing import RoutingContext
 from .saving import Saving
 from .slot import RoutingSlot
-from .surface import ignore_extras, ignore_no_more
+from .surface import ignore_extras
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +34,19 @@ class MoELoRAModel(Saving):
     One thread at a time: what is known of a batch is kept with the model while it runs, so a forward or a generation
     in a second thread is refused.
 
+    Several mixtures, the adapters, may share the backbone: see :meth:`load_adapter` and :meth:`set_adapter`.
+
     Attributes:
         backbone: the model that was given to :func:`attach`, its sites replaced by containers.
         mixture: the configuration. backbone_config: where the backbone came from, as far as it tells.
         tokenizer: set by :func:`from_pretrained`, else ``None``.
     """
 
-    def __init__(self, backbone: PreTrainedModel, mixture: MixtureConfig, slot: RoutingSlot) -> None:
+    def __init__(self, backbone: PreTrainedModel, adapter: Adapter, slot: RoutingSlot) -> None:
+        backbone.requires_grad_(False)
         # PreTrainedModel.__init__ sets up a model to be initialised; this one wraps a model that already is.
         nn.Module.__init__(self)
         self.backbone = backbone
-        self.mixture = mixture
         self.slot = slot
         self.tokenizer: Any = None
         self.config = backbone.config
@@ -58,10 +59,11 @@ class MoELoRAModel(Saving):
             f"backbone.{a}": f"backbone.{b}" for a, b in getattr(backbone, "all_tied_weights_keys", {}).items()
         }
         ignore_extras(self.config)
-        self._passes = Passes(backbone, slot, self.containers())
         self._unloaded = False
-        if backbone.is_activation_checkpointing:
-            self._take_over_checkpointing()
+        self._adapters = Adapters(backbone, slot)
+        self._adapters.known[adapter.name] = adapter
+        self._adapters.put_in([adapter])
+        self._surround()
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -98,9 +100,10 @@ class MoELoRAModel(Saving):
             members = [c for c in self.containers().values() if c.group == index]
             count = sum(p.numel() for p in {id(p): p for c in members for p in c.adapter_tensors().values()}.values())
             router = site.router.kind if site.router is not None else "always on"
+            prefix = members[0].site.prefix if members else ""
             lines.append(
-                f"{', '.join(site.target)}: {len(members)} sites, {site.experts.num_experts} x {site.experts.kind} "
-                f"experts, router {router}, {count:,} parameters"
+                f"{prefix}{', '.join(site.target)}: {len(members)} sites, {site.experts.num_experts} x "
+                f"{site.experts.kind} experts, router {router}, {count:,} parameters"
             )
         for name, module in self.saved_modules().items():
             lines.append(f"{name}: saved whole, {sum(p.numel() for p in module.trained.parameters()):,} parameters")
@@ -298,28 +301,6 @@ class MoELoRAModel(Saving):
             raise ConfigError(
                 "gradient checkpointing was enabled on the backbone itself, so a recomputation could not replay the "
                 "routing; call model.gradient_checkpointing_enable() on the mixture instead"
-            )
-
-    def unload(self) -> PreTrainedModel:
-        """Put the frozen layers back in their places and return the backbone; this model is of no use afterwards.
-
-        Raises:
-            ConfigError: that was done already.
-        """
-        self.refuse_unloaded()
-        self._unloaded = True
-        self._passes.remove()
-        ignore_no_more(self.config)
-        for name, part in {**self.containers(), **self.saved_modules()}.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.backbone.get_submodule(parent), child, part.base)
-        return self.backbone
-
-    def refuse_unloaded(self) -> None:
-        """Raise a ConfigError where the backbone is no longer this mixture's."""
-        if self._unloaded:
-            raise ConfigError(
-                "this mixture was unloaded: its backbone is a model of its own again, or another mixture's"
             )
 
     def merge_and_unload(

@@ -61,6 +61,11 @@ class Passes:
             )
         ]
 
+    @property
+    def running(self) -> bool:
+        """Whether a forward or a generation is between its beginning and its end."""
+        return bool(self._inside or self.contexts)
+
     def remove(self) -> None:
         """Take the hooks away."""
         for hook in self.hooks:

@@ -29,6 +29,7 @@ class SiteInfo:
         members: names of the sites that share one router with this one, itself included, in the order of the backbone;
             empty for a container used by itself.
         hidden_size: width of the backbone's hidden states, or ``None`` for a container used by itself.
+        prefix: what stands before the path in names: the adapter's name and a colon, where several are active.
     """
 
     name: str
@@ -39,6 +40,17 @@ class SiteInfo:
     scales: tuple[float, ...]
     members: tuple[str, ...] = ()
     hidden_size: int | None = None
+    prefix: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where the site is in the backbone, whatever it is called."""
+        return self.name[len(self.prefix) :]
+
+    def under(self, prefix: str) -> SiteInfo:
+        """The same site with another prefix."""
+        members = tuple(prefix + member[len(self.prefix) :] for member in self.members)
+        return replace(self, name=prefix + self.path, members=members, prefix=prefix)
 
     @property
     def num_experts(self) -> int:

@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from .config import BackboneConfig, MixtureConfig
-from .experts import Container, SavedModule
-from .surface import Surface
+from .carrying import Carrying
+from .config import BackboneConfig
 
 
-class Saving(Surface):
-    """The part of a mixture that knows its containers and writes them down.
+class Saving(Carrying):
+    """The part of a mixture that writes its adapters down.
 
     Attributes:
-        mixture: the configuration. tokenizer: saved with the mixture by :meth:`push_to_hub`, if there is one.
-        card: text of the README.md where :meth:`save_pretrained` is given none, such as that of a composition.
+        tokenizer: saved with the mixture by :meth:`push_to_hub`, if there is one.
     """
 
-    mixture: MixtureConfig
     tokenizer: Any
-    card: str | None = None
 
-    def containers(self) -> dict[str, Container]:
-        """Every container by the name of its site, in the order of the backbone's modules."""
-        return {m.site.name: m for m in self.backbone.modules() if isinstance(m, Container)}
-
-    def saved_modules(self) -> dict[str, SavedModule]:
-        """Every module that is trained whole, by its path in the backbone."""
-        return {m.name: m for m in self.backbone.modules() if isinstance(m, SavedModule)}
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
+    def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Every tensor of the experts and routers by its name in a checkpoint, ``<site>.lora_A`` and so on.
 
         Frozen parameters and persistent buffers are among them, and the modules that are saved whole. What sites share
         has the name of the first.
+
+        Args:
+            adapter_name: any adapter; ``None`` takes those that are active, with the names that sites have then.
+
+        Raises:
+            ConfigError: an unknown name.
         """
-        tensors: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        parts: dict[str, Container | SavedModule] = {**self.containers(), **self.saved_modules()}
-        for name, part in parts.items():
-            for key, value in part.adapter_tensors().items():
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    tensors[f"{name}.{key}"] = value
-        return tensors
+        if adapter_name is not None:
+            return self._adapters.get(adapter_name).tensors()
+        return {f"{a.prefix}{name}": value for a in self._adapters.active for name, value in a.tensors().items()}
 
     @property
     def backbone_config(self) -> BackboneConfig:
@@ -65,26 +52,34 @@ class Saving(Surface):
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
         card: str | None = None,
+        selected_adapters: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the native checkpoint: configuration, adapter tensors, model card; see ``checkpoints/native.py``.
 
+        Several adapters go into folders of their names in ``save_directory``, for ``from_pretrained(subfolder=...)``.
+
         Args:
+            selected_adapters: names of the adapters to save; ``None`` takes those that are active.
             state_dict: tensors to take instead of the model's own, by the model's parameter names (ZeRO-3, FSDP).
-            card: text of the README.md; by default the model's own, and without one a short card is written.
+            card: text of the README.md; by default the adapter's own, and without one a short card is written.
+
+        Raises:
+            ConfigError: an unknown name.
         """
         from .checkpoints import Architecture, native
 
-        if is_main_process:
-            groups = range(len(self.mixture.sites))
+        names = self.active_adapters if selected_adapters is None else selected_adapters
+        adapters = [self._adapters.get(name) for name in names]
+        for adapter in adapters if is_main_process else ():
             native.save(
-                save_directory,
-                self.mixture,
+                Path(save_directory) / adapter.name if len(adapters) > 1 else save_directory,
+                adapter.mixture,
                 self.backbone_config,
-                self.adapter_state(state_dict),
-                sites=[[name for name, c in self.containers().items() if c.group == group] for group in groups],
+                self.adapter_state(state_dict, adapter.name),
+                sites=adapter.sites(),
                 architecture=Architecture.of(self.config),
-                card=self.card if card is None else card,
+                card=adapter.card if card is None else card,
             )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -117,27 +112,35 @@ class Saving(Surface):
                 repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
             )
 
-    def adapter_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors by checkpoint name, detached; from ``state_dict`` where one is given."""
-        tensors = self.adapter_tensors()
+    def adapter_state(
+        self, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str | None = None
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors by checkpoint name, detached; from ``state_dict`` where one is given.
+
+        Args:
+            state_dict: by the model's parameter names, of which an adapter that is not active has none.
+            adapter_name: as in :meth:`adapter_tensors`.
+        """
+        tensors = self.adapter_tensors(adapter_name)
         if state_dict is None:
             return {name: value.detach() for name, value in tensors.items()}
         named = (*self.named_parameters(), *self.named_buffers())
         names = {id(value): name for name, value in named}
-        return {name: state_dict[names[id(value)]].detach() for name, value in tensors.items()}
+        given = {key: state_dict[names[id(value)]] for key, value in tensors.items() if id(value) in names}
+        return {key: given.get(key, value).detach() for key, value in tensors.items()}
 
-    @torch.no_grad()
-    def load_adapter_state(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    def load_adapter_state(
+        self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], adapter_name: str | None = None
+    ) -> None:
         """Copy checked tensors into the containers; names and shapes are those of :meth:`adapter_tensors`.
 
         Args:
             tensors: all of them, at once or one after another.
+            adapter_name: any adapter; ``None`` is the active one.
 
         Raises:
             KeyError: a tensor is missing or unknown.
+            ConfigError: an unknown name, or several adapters are active and none is named.
         """
-        missing = self.adapter_tensors()
-        for name, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            missing.pop(name).copy_(value)
-        if missing:
-            raise KeyError(", ".join(missing))
+        adapter = self._adapters.sole() if adapter_name is None else self._adapters.get(adapter_name)
+        adapter.fill(tensors.items() if isinstance(tensors, Mapping) else tensors)

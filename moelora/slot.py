@@ -22,6 +22,7 @@ class _Frame:
     def __init__(self, slot: RoutingSlot) -> None:
         self.slot = slot
         self.state = slot.state()
+        self.adapters = slot.adapters
         self.decisions: list[Decision] = []
         self.outer: _Frame | None = None
 
@@ -35,7 +36,7 @@ class _Recording(AbstractContextManager[None]):
     def __enter__(self) -> None:
         slot = self.frame.slot
         self.frame.outer = slot.frame
-        self.frame.state = slot.state()
+        self.frame.state, self.frame.adapters = slot.state(), slot.adapters
         slot.frame = self.frame
 
     def __exit__(self, *error: object) -> None:
@@ -51,6 +52,11 @@ class _Replaying(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         slot = self.frame.slot
+        if slot.adapters != self.frame.adapters:
+            raise UserError(
+                "other adapters are active than in the forward whose parts gradient checkpointing now computes again: "
+                "call backward() first, then set_adapter()"
+            )
         self.before.append((slot.replay, slot.state()))
         slot.replay = iter(self.frame.decisions)
         slot.restore(self.frame.state)
@@ -65,6 +71,9 @@ class RoutingSlot:
 
     A plain object rather than a module global or a context variable: two mixtures never mix, and a recomputation that
     autograd runs in another thread still finds the forward that it belongs to.
+
+    Attributes:
+        adapters: which adapters are active; told apart by identity.
     """
 
     def __init__(self) -> None:
@@ -72,6 +81,7 @@ class RoutingSlot:
         self.enabled = True
         self.expert_scale: Mapping[int, float] = {}
         self.listeners: list[Listener] = []
+        self.adapters: tuple[object, ...] = ()
         self.frame: _Frame | None = None
         self.replay: Iterator[Decision] | None = None
 

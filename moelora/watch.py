@@ -39,7 +39,7 @@ class Watch:
         """
         unseen = self._unseen.get(backbone.training)
         if unseen is None:
-            sites = [module.site.name for module in backbone.modules() if isinstance(module, Container)]
+            sites = [module.site.path for module in backbone.modules() if isinstance(module, Container)]
             unseen = {name for name in sites if not isinstance(_around(backbone, name), PreTrainedModel)}
             if not backbone.training:
                 # Cross-attention with a full cache calls fewer of its linears, so a call in training is enough.

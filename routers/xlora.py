@@ -131,7 +131,8 @@ class XLoRARouter(Router[XLoRAConfig]):
             noise = inputs.draw(lambda generator: self._keep(states, generator)) if self._drops else None
             logits = self._classify(states, noise)
         if self.config.layerwise:
-            logits = logits[..., self.members.index(inputs.site.name), :]
+            members = inputs.site.members or (inputs.site.name,)
+            logits = logits[..., members.index(inputs.site.name), :]
         logits = self._fitted(logits, inputs)
         probs = (logits / self.config.temperature).softmax(dim=-1) if self.config.softmax else None
         indices, weights = self._kept(logits if probs is None else probs, inputs)
