@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import routers as routers
     from . import trainers as trainers
     from .backbone import load_backbone as load_backbone
+    from .composition.compose import compose as compose
     from .config import BackboneConfig as BackboneConfig
     from .config import MixtureConfig as MixtureConfig
     from .config import Recipe as Recipe
@@ -36,6 +37,7 @@ _PUBLIC = {
     "Recipe": "config",
     "SiteConfig": "config",
     "attach": "mixture",
+    "compose": "composition.compose",
     "from_pretrained": "mixture",
     "load_backbone": "backbone",
     "load_recipe": "config",
