@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -31,9 +31,7 @@ from .errors import ConfigError
 from .experts import BlockContainer, Container, ExpertBank, is_linear
 from .experts.dense import dense_weight, is_quantized
 from .model import MoELoRAModel
-from .routing import RoutingContext, RoutingRecord, SiteInfo
-
-Batches = list[Mapping[str, Any]]
+from .site_weights import Batches, context_fields, run_batches, site_weights
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,9 @@ def merge(
 ) -> Merged:
     """Add the experts of every site to its frozen weights; ``model`` is of no use afterwards.
 
+    Adapters that are not active are left out. Where several are, each adds to what those inside it have made of a
+    weight, and the errors of a site are those of all that.
+
     Needs memory for a second copy of the sites' weights; an error leaves the model as it was.
 
     Args:
@@ -95,30 +96,26 @@ def merge(
     """
     _refuse(model)
     given = [] if batches is None else list(batches)
-    values: dict[str, Any] = {
-        name: torch.tensor([value]) if isinstance(value, int) else value for name, value in fields.items()
-    }
-    context = replace(model.slot.context, **values)
+    values = context_fields(fields)
     containers = model.containers()
-    weights, exact = _constant(containers, context)
-    unknown = [name for name in containers if name not in exact]
-    if unknown and not approximate:
-        _refuse_inexact(containers, unknown)
-    weights |= _named_weights(containers, unknown, context)
-    if missing := [name for name in unknown if name not in weights]:
-        weights |= _mean_weights(model, missing, given, values)
-    weights = {name: _with_factors(container, weights[name]) for name, container in containers.items()}
+    weights, exact = site_weights(model, approximate, given, values)
     dtype = model.backbone.dtype
-    merged = {name: _merge_site(container, weights[name], dtype) for name, container in containers.items()}
-    errors = _errors(model, {name: module for name, (module, _) in merged.items()}, given, values)
+    order = model.innermost_first()
+    merged: dict[int, nn.Module] = {}
+    lost: dict[str, float] = {}
+    for container in order:
+        name = container.site.name
+        merged[id(container)], lost[name] = _merge_site(container, weights[name], dtype, merged)
+    errors = _errors(model, merged, given, values)
     sites = {
-        name: MergedSite(weights[name], name in exact, rounding, *errors.get(name, (None, None)))
-        for name, (_, rounding) in merged.items()
+        name: MergedSite(weights[name], name in exact, lost[name], *errors.get(name, (None, None)))
+        for name in containers
     }
-    for name, container in containers.items():
-        container.base = merged[name][0]
     _keep_saved(model)
     backbone = model.unload()
+    for container in order:  # what is around a merged layer comes after it, and has it inside
+        parent, _, child = container.site.path.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, merged[id(container)])
     _settle(backbone, dtype)
     return Merged(backbone, sites)
 
@@ -150,7 +147,7 @@ def _refuse_tied(backbone: PreTrainedModel) -> None:
     """A weight that two modules share would change both."""
     uses = Counter(id(parameter) for _, parameter in backbone.named_parameters(remove_duplicate=False))
     for module in backbone.modules():
-        if isinstance(module, Container):
+        if isinstance(module, Container) and not isinstance(module.base, Container):
             for path, parameter in module.base.named_parameters():
                 if uses[id(parameter)] > 1:
                     raise ConfigError(
@@ -159,97 +156,26 @@ def _refuse_tied(backbone: PreTrainedModel) -> None:
                     )
 
 
-def _refuse_inexact(containers: Mapping[str, Container], unknown: list[str]) -> None:
-    kinds = {router.kind for name in unknown if (router := containers[name].router) is not None}
-    blocks = any(isinstance(containers[name], BlockContainer) for name in unknown)
-    raise ConfigError(
-        f"{len(unknown)} of {len(containers)} sites, {unknown[0]!r} first, cannot be merged exactly: routers "
-        f"{sorted(kinds)} weigh experts by the token, or need a field of the context that is not given (task_ids=...)"
-        f"{', or mix several experts around the nonlinearity of a block' if blocks else ''}. Pass approximate=True "
-        "with batches to merge with mean weights and measure the error"
-    )
+def _merge_site(
+    container: Container, weights: Tensor, dtype: torch.dtype, inside: Mapping[int, nn.Module]
+) -> tuple[nn.Module, float]:
+    """A copy of the site's frozen module with the experts in its weights, and how much of them rounding took.
 
-
-def _constant(containers: Mapping[str, Container], context: RoutingContext) -> tuple[dict[str, Tensor], set[str]]:
-    """Weights of sites by name where they are the same for every token, and the names of sites where that is all."""
-    weights: dict[str, Tensor] = {}
-    exact: set[str] = set()
-    for name, container in containers.items():
-        found: Tensor | None = torch.ones(1)
-        if container.router is not None:
-            found = container.router.constant_weights(context)
-        if found is None:
-            continue
-        weights[name] = found
-        # A block has a nonlinearity between its projections: only one expert with the weight 1 is itself a block.
-        if not isinstance(container, BlockContainer) or sorted(found.tolist()) == [0.0] * (len(found) - 1) + [1.0]:
-            exact.add(name)
-    return weights, exact
-
-
-def _named_weights(containers: Mapping[str, Container], names: list[str], context: RoutingContext) -> dict[str, Tensor]:
-    """The weights that routers name for merging where the routing depends on the tokens, by site."""
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        router = containers[name].router
-        known = None if router is None else router.approximate_weights(context)
-        if known is not None:
-            weights[name] = known
-    return weights
-
-
-def _with_factors(container: Container, weights: Tensor) -> Tensor:
-    """(U,) weights on the CPU, times the run-time factors of single experts."""
-    each = torch.tensor([container.factors.get(expert, 1.0) for expert in range(container.site.num_experts)])
-    weights = weights.float().cpu()
-    return weights * (each if len(weights) == len(each) else over_ranks(each, container.site.ranks))
-
-
-def _mean_weights(
-    model: MoELoRAModel, names: list[str], batches: Batches, fields: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """(U,) mean weights over the real tokens of the batches, by site."""
-    if not batches:
-        raise ConfigError(f"site {names[0]!r} is merged with its mean weights: pass batches to take the mean over")
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-
-    def listener(site: SiteInfo, record: RoutingRecord) -> None:
-        rows = record.dense_weights().double().reshape(-1, record.num_experts)
-        real = torch.ones_like(rows[:, :1]) if record.mask is None else record.mask.reshape(-1, 1).double()
-        sums[site.name] = sums.get(site.name, 0) + (rows * real).sum(0)
-        counts[site.name] = counts.get(site.name, 0) + real.sum()
-
-    with model.slot.using(listener=listener):
-        _run(model, batches, fields)
-    if absent := [name for name in names if name not in sums]:
-        raise ConfigError(f"no batch reaches the site {absent[0]!r}: give batches that do, or leave the site out")
-    return {name: (sums[name] / counts[name]).float().cpu() for name in names}
-
-
-def _run(model: MoELoRAModel, batches: Batches, fields: Mapping[str, Any]) -> None:
-    was_training = model.training
-    model.train(False)
-    try:
-        with model.routing_context(**fields):
-            for batch in batches:
-                model(**batch)
-    finally:
-        model.train(was_training)
-
-
-def _merge_site(container: Container, weights: Tensor, dtype: torch.dtype) -> tuple[nn.Module, float]:
-    """A copy of the site's frozen module with the experts in its weights, and how much of them rounding took."""
+    Args:
+        inside: the merged modules of containers that may lie inside this one, by their ids.
+    """
     factors = container.router is not None and container.router.mix == "factors"
     if not isinstance(container, BlockContainer):
-        only = cast(ExpertBank, container.experts)
-        return _merge_linear(container.base, _update(only, weights, container.base, factors), dtype)
+        only, base = cast(ExpertBank, container.experts), inside.get(id(container.base), container.base)
+        return _merge_linear(base, _update(only, weights, base, factors), dtype)
     memo: dict[int, nn.Module] = {id(m): m for m in container.base.modules() if is_linear(m)}
+    memo |= {id(m): inside[id(m)] for m in container.base.modules() if isinstance(m, Container)}
     lost = []
     for key, bank in container.experts.items():
-        linear = container.base.get_submodule(key.replace("__", "."))
+        place = container.base.get_submodule(key.replace("__", "."))
+        linear = inside.get(id(place), place)
         update = _update(cast(ExpertBank, bank), weights, linear, factors)
-        memo[id(linear)], rounding = _merge_linear(linear, update, dtype)
+        memo[id(place)], rounding = _merge_linear(linear, update, dtype)
         lost.append(rounding)
     # What the memo has is not copied, so that the copy holds the merged linears and shares those without experts.
     return copy.deepcopy(container.base, memo), max(lost)
@@ -293,7 +219,7 @@ def _with_weight(linear: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _errors(
-    model: MoELoRAModel, merged: Mapping[str, nn.Module], batches: Batches, fields: Mapping[str, Any]
+    model: MoELoRAModel, merged: Mapping[int, nn.Module], batches: Batches, fields: Mapping[str, Any]
 ) -> dict[str, tuple[float, float]]:
     """Relative error of each site's output, of the whole and of what the experts add; empty without batches."""
     sums: dict[str, Tensor] = {}
@@ -304,7 +230,7 @@ def _errors(
             return
         name, x = container.site.name, args[0]
         mask = model.slot.context.of(x).mask_of(x.shape[:-1])
-        parts = [merged[name](x) - output, output, output - container.base(x)]
+        parts = [merged[id(container)](x) - output, output, output - container.base(x)]
         if mask is not None:
             parts = [part[mask] for part in parts]
         squares = torch.stack([part.double().square().sum() for part in parts])
@@ -312,7 +238,7 @@ def _errors(
 
     handles = [container.register_forward_hook(measure) for container in model.containers().values()]
     try:
-        _run(model, batches, fields)
+        run_batches(model, batches, fields)
     finally:
         for handle in handles:
             handle.remove()
