@@ -126,6 +126,7 @@ def _mean_weights(
 
 
 def run_batches(model: MoELoRAModel, batches: Batches, fields: Mapping[str, Any]) -> None:
+    """Run forwards in evaluation mode, for those who listen."""
     was_training = model.training
     model.train(False)
     try:
