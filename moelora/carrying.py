@@ -89,6 +89,10 @@ class Carrying(Surface):
         """
         return {c.site.name: c for adapter in self._adapters.active for c in adapter.containers}
 
+    def innermost_first(self) -> list[Container]:
+        """The active containers, each after those of other adapters that are a part of its frozen layer."""
+        return self._adapters.innermost_first()
+
     def saved_modules(self) -> dict[str, SavedModule]:
         """Every module of the active adapters that is trained whole, by its path in the backbone."""
         return {module.name: module for adapter in self._adapters.active for module in adapter.saved_modules}
