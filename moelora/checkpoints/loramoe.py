@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from ..config import MixtureConfig, SiteConfig
 from .by_module import PEFT_PREFIX, ByModule, Places, columns, cut_modules, modules_of, rows
+from .checks import against_gaps, against_their_llama, refuse_excess, refuse_gaps, tell_lost
 from .folder import ADAPTER_CONFIG, ADAPTER_TENSORS, Folder
 from .layout import LAYOUTS, Architecture, Content, Layout
 from .peft_files import AdapterConfig, against_linears, common_keys, refuse_unwritable, write_adapter
@@ -23,8 +26,8 @@ class LoRAMoEConfig(AdapterConfig):
     """``adapter_config.json`` of LoRAMoE."""
 
     lora_nums: Annotated[int, Field(gt=0)]
-    blc_alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
-    blc_weight: Annotated[float, Field(ge=0)] = 0.0
+    blc_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    blc_weight: Annotated[float, Field(ge=0)] | None = None
     enable_lora: None = None
     fan_in_fan_out: Literal[False] = False
     merge_weights: bool = False
@@ -45,7 +48,7 @@ def _places(site: SiteConfig) -> Places:
     rank = site.experts.ranks[0]
     each = range(site.experts.num_experts)
     return {
-        "router.weight": [("lora_route.weight", ())],
+        "router.weight": [("lora_route.weight", rows(0, site.experts.num_experts))],
         "lora_A": [(f"lora_A{e}.weight", rows(e, rank)) for e in each],
         "lora_B": [(f"lora_B{e}.weight", columns(e, rank)) for e in each],
     }
@@ -68,8 +71,11 @@ class LoRAMoELayout(Layout):
 
     Told by its keys: ``lora_route`` and ``lora_A0``. Every linear has a router of its own, dense softmax.
 
-    Quirks: their loader ignores missing and unknown keys, here both are errors. With a single target module their code
-    sets enable_lora and breaks. A checkpoint of their trainer lies in ``checkpoint-<step>/sft_lora_model``.
+    Quirks: their loader ignores missing and unknown keys, here both are errors. Their Llama runs only with experts at
+    all three of gate_proj, up_proj and down_proj; with a single target module their code sets enable_lora and breaks.
+    blc_alpha and blc_weight may be null, which means 0 as far as anything runs; with a blc_weight the number of experts
+    has to be even, as each of two types has one half of them. They draw a dropout mask for each expert; here training
+    goes on with one (``expert_dropout``). A checkpoint of their trainer lies in ``checkpoint-<step>/sft_lora_model``.
     """
 
     files = (ADAPTER_CONFIG, *ADAPTER_TENSORS)
@@ -84,7 +90,9 @@ class LoRAMoELayout(Layout):
         path = folder.path / ADAPTER_CONFIG
         config = parse_known(LoRAMoEConfig, folder.mapping(ADAPTER_CONFIG), path)
         file = folder.tensors(*ADAPTER_TENSORS)
+        refuse_excess(path, file, lora_nums=config.lora_nums, r=config.r)
         sites = list(modules_of(file, _KEY))
+        refuse_gaps(file.path, sites, config.target_modules)
         mixture = {
             "target": sites,
             "experts": {
@@ -94,7 +102,7 @@ class LoRAMoELayout(Layout):
                 "alpha": config.lora_alpha,
                 "dropout": config.lora_dropout,
             },
-            "router": {"kind": "softmax", "aux_loss_coef": config.blc_weight, "delta": config.blc_alpha},
+            "router": {"kind": "softmax", "aux_loss_coef": config.blc_weight or 0.0, "delta": config.blc_alpha or 0.0},
         }
         stored = LoRAMoEStored(
             folder=folder.path,
@@ -109,9 +117,11 @@ class LoRAMoELayout(Layout):
         return stored
 
     def write(self, folder: Path, content: Content) -> None:
-        refuse_unwritable("loramoe", against_linears(content, ["lora"], ["softmax"]))
+        reasons = against_linears(content, ["lora"], ["softmax"])
+        refuse_unwritable("loramoe", reasons + against_gaps(content) + against_their_llama("loramoe", content))
         site = content.mixture.sites[0]
         assert site.router is not None
+        tell_lost("loramoe", _lost(site))
         config = {
             **common_keys(content, site),
             "lora_nums": site.experts.num_experts,
@@ -122,4 +132,26 @@ class LoRAMoELayout(Layout):
             "modules_to_save": None,
         }
         tensors = cut_modules(content, PEFT_PREFIX, lambda _: _places(site))
-        write_adapter(folder, config, tensors, pickled=True)
+        write_adapter(folder, config, _published(tensors), pickled=True)
+
+
+def _lost(site: SiteConfig) -> Iterator[str]:
+    """What the balance loss of their code does not do, where it is switched on."""
+    router, count = site.router, site.experts.num_experts
+    if router is None or not router.aux_loss_coef:
+        return
+    if router.form != "released":
+        yield f"form {router.form}"
+    if router.types_of(count) != router.model_copy(update={"expert_types": None}).types_of(count):
+        yield f"expert_types {router.expert_types}"
+
+
+def _published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the order in which their code has them: expert after expert, in each module."""
+    modules: dict[str, int] = {}
+
+    def place(key: str) -> tuple[int, int, str]:
+        path, _, tail = key.removesuffix(".weight").rpartition(".lora_")
+        return modules.setdefault(path, len(modules)), -1 if tail == "route" else int(tail[1:]), tail[0]
+
+    return {key: tensors[key] for key in sorted(tensors, key=place)}
