@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    flexmore,
     flylora,
     hydralora,
     loramoe,
@@ -34,6 +35,7 @@ __all__ = [
     "commit",
     "convert",
     "describe",
+    "flexmore",
     "flylora",
     "hydralora",
     "latest",
