@@ -83,9 +83,9 @@ def from_pretrained(
 
     Args:
         path: a folder or a hub id.
-        backbone: a loaded model, or a name for :func:`~moelora.load_backbone`; ``"auto"`` takes the name that the
-            checkpoint gives. ``None`` does so only for the backbone that ships with moelora, and for a layout that
-            keeps the backbone in the same files: a file does not get to choose what is downloaded.
+        backbone: a loaded model, or a name for :func:`~moelora.load_backbone`; ``"auto"`` takes the backbone that lies
+            in the same files, where a layout keeps it there, else the name that the checkpoint gives. ``None`` does so
+            only for the backbone that ships with moelora: a file does not get to choose what is downloaded.
         quantization, dtype, device_map: for loading the backbone; by default as in the checkpoint.
         adapter_name: what to call it, where others come beside it (``model.load_adapter``).
         **hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, as in transformers.
@@ -124,7 +124,8 @@ def _backbone_of(
     """The backbone that the caller named, or allowed the checkpoint to name, and its tokenizer."""
     from .backbone import DEFAULT_BACKBONE, load_backbone
 
-    if backbone is None and (own := stored.own_backbone(quantization, dtype, device_map)) is not None:
+    asked = backbone in (None, "auto")
+    if asked and (own := stored.own_backbone(quantization, dtype, device_map)) is not None:
         return own
     named = stored.backbone.name
     if backbone is None and named != DEFAULT_BACKBONE:
@@ -132,7 +133,7 @@ def _backbone_of(
             f"{stored.folder} was trained on {named!r}: pass backbone={named!r} (or backbone='auto') to load it, or "
             "another folder or hub id with the same weights"
         )
-    changes: dict[str, Any] = {"name": named if backbone in (None, "auto") else backbone}
+    changes: dict[str, Any] = {"name": named if asked else backbone}
     if changes["name"] != named:
         changes.update(revision=None, subfolder=None)
     if quantization is not None:

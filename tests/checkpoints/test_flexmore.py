@@ -63,6 +63,7 @@ def test_the_folder_alone_gives_the_logits_of_the_authors_formula(tmp_path: Path
     assert (site.experts.kind, list(site.experts.ranks)) == ("low_rank", [0, rank])
     assert (site.router.top_k, site.router.normalize, site.router.aux_loss_coef) == (2, False, 0.0)
     assert model.backbone_config.name == str(tmp_path / "run")
+    assert torch.equal(logits(moelora.from_pretrained(tmp_path / "run", "auto")), logits(model))
 
 
 def test_full_experts_are_exact_in_a_flexmore_and_in_a_flexolmo(tmp_path: Path) -> None:
