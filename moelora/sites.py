@@ -12,13 +12,22 @@ from .errors import ConfigError
 
 
 def match_saved(backbone: nn.Module, names: Iterable[str]) -> list[str]:
-    """Paths of the modules that ``modules_to_save`` names, in the order of the backbone.
+    """Paths of the modules that ``modules_to_save`` names, in the order of the backbone; of nested ones the outermost.
 
     Raises:
         ConfigError: a name matches nothing.
     """
-    names = list(names)
-    return match_sites(backbone, SiteConfig(target=names)) if names else []
+    paths = [path for path, _ in backbone.named_modules() if path]
+    found: dict[str, None] = {}
+    for name in names:
+        hits = [path for path in paths if fits(path, name)]
+        if not hits:
+            raise ConfigError(
+                f"modules_to_save names {name!r}, which matches no module of {type(backbone).__name__}; it has: "
+                f"{_endings(paths)}"
+            )
+        found |= dict.fromkeys(path for path in hits if not path.startswith(tuple(f"{hit}." for hit in hits)))
+    return sorted(found, key=paths.index)
 
 
 def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
@@ -40,14 +49,20 @@ def match_sites(backbone: nn.Module, site: SiteConfig) -> list[str]:
         hits = [path for path in paths if _matches(path, target)]
         if not hits:
             _refuse_parameter(backbone, target)
-            endings = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-            named = ", ".join(ending for ending in endings if not ending.isdigit())
-            raise ConfigError(f"target {target!r} matches no module of {type(backbone).__name__}; it has: {named}")
+            raise ConfigError(
+                f"target {target!r} matches no module of {type(backbone).__name__}; it has: {_endings(paths)}"
+            )
         kept = hits if site.layers is None else [path for path in hits if layer_of(path) in wanted]
         if not kept:
             raise ConfigError(f"layers {site.layers!r} leave no match for target {target!r}: layers are {layers}")
         result += kept
     return sorted(dict.fromkeys(result), key=paths.index)
+
+
+def _endings(paths: Iterable[str]) -> str:
+    """The last names of module paths, each once, without numbers."""
+    endings = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    return ", ".join(ending for ending in endings if not ending.isdigit())
 
 
 def _refuse_parameter(backbone: nn.Module, target: str) -> None:
