@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .folder import ADAPTER_CONFIG, ADAPTER_TENSORS, Folder
 
 UP = 2
+_LONGEST = 255  # name of a file, in bytes
 
 
 def told(folder: Folder, path: str) -> Iterator[str]:
@@ -29,22 +30,23 @@ def told(folder: Folder, path: str) -> Iterator[str]:
             yield PurePosixPath(os.path.relpath(os.path.join(start, path), root)).as_posix()
         except ValueError:  # another drive
             continue
-    names = [name for name in path.replace("\\", "/").split("/") if name]
-    if ".." not in names:
-        yield from ("/".join(names[first:]) for first in range(1, len(names)))
+    names = path.replace("\\", "/").strip("/").split("/")
+    ends = (names[first:] for first in range(len(names)))
+    yield from ("/".join(end) for end in ends if ".." not in end)
 
 
 def allowed(place: str) -> bool:
     """Whether a place is near enough to a checkpoint to be read."""
     names = place.split("/")
-    up = len(names) - len([name for name in names if name != ".."])
-    return place != "." and not os.path.isabs(place) and up <= UP and names[:up] == [".."] * up
+    up = names.count("..")
+    near = up <= UP and names[:up] == [".."] * up and not os.path.isabs(place)
+    return near and place not in ("", ".") and all(len(os.fsencode(name)) <= _LONGEST for name in names)
 
 
 def find(folder: Folder, places: Iterable[str]) -> tuple[str, Folder] | None:
     """The first of these places that has an adapter, and its folder."""
     for place in dict.fromkeys(places):
-        if allowed(place) and os.path.isfile(folder.path / place / ADAPTER_CONFIG):
+        if allowed(place) and folder.has(f"{place}/{ADAPTER_CONFIG}"):
             return place, Folder(folder.path / place)
     return None
 
