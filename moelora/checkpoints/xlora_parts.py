@@ -114,7 +114,7 @@ def read_expert(folder: Folder, label: str) -> Expert:
     """Read and check an adapter in PEFT's layout.
 
     Raises:
-        CheckpointError: it is damaged, or no plain LoRA, which is all that X-LoRA's code can mix.
+        CheckpointError: it is damaged, or no plain LoRA, which is all that is mixed.
     """
     stored = LAYOUTS.create("peft").read(folder)
     site = stored.mixture.sites[0]
@@ -123,7 +123,7 @@ def read_expert(folder: Folder, label: str) -> Expert:
     reasons += ["linears of several kinds"] if len(stored.mixture.sites) > 1 else []
     if reasons:
         raise CheckpointError(
-            f"{folder.path}: expected a plain LoRA adapter, which is all that X-LoRA mixes, found "
+            f"{folder.path}: expected a plain LoRA adapter, which is all that is mixed here, found "
             f"{' and '.join(reasons)}: take another adapter"
         )
     declared = stored.declared()
@@ -220,19 +220,15 @@ def union(experts: Iterable[Expert]) -> list[str]:
     return sorted(dict.fromkeys(path for expert in experts for path in expert.factors), key=in_order)
 
 
-def mixture_of(options: XLoRAOptions, experts: Sequence[Expert], path: Path) -> MixtureConfig:
-    """The mixture of these adapters under a classifier with these options.
+def experts_of(experts: Sequence[Expert], trained: bool = False) -> dict[str, Any]:
+    """Our options of these adapters, for the sites of :func:`union`.
 
     Args:
-        path: of the configuration, for messages.
-
-    Raises:
-        CheckpointError: the options do not hold together.
+        trained: not kind ``frozen`` where all of them adapt every linear and are scaled in one way.
     """
-    sites = union(experts)
     usual = [most_common([factor.alpha for factor in expert.factors.values()]) for expert in experts]
     ranks, alphas = {}, {}
-    for site in sites:
+    for site in union(experts):
         factors = [expert.factors.get(site) for expert in experts]
         ranks[site] = [0 if factor is None else factor.rank for factor in factors]
         alphas[site] = [given if factor is None else factor.alpha for factor, given in zip(factors, usual, strict=True)]
@@ -241,7 +237,7 @@ def mixture_of(options: XLoRAOptions, experts: Sequence[Expert], path: Path) -> 
     dropout = max(expert.dropout for expert in experts)
     whole = all(0 not in each for each in ranks.values()) and len(set(scalings)) == 1
     values: dict[str, Any] = {
-        "kind": scalings[0] if options.use_trainable_adapters and whole else "frozen",
+        "kind": scalings[0] if trained and whole else "frozen",
         "num_experts": len(experts),
         "r": r,
         "alpha": alpha,
@@ -253,6 +249,20 @@ def mixture_of(options: XLoRAOptions, experts: Sequence[Expert], path: Path) -> 
     if values["kind"] == "frozen":
         values["scaling"] = scalings[0] if len(set(scalings)) == 1 else scalings
         values["names"] = _names(experts)
+    return values
+
+
+def mixture_of(options: XLoRAOptions, experts: Sequence[Expert], path: Path) -> MixtureConfig:
+    """The mixture of these adapters under a classifier with these options.
+
+    Args:
+        path: of the configuration, for messages.
+
+    Raises:
+        CheckpointError: the options do not hold together.
+    """
+    sites = union(experts)
+    values = experts_of(experts, options.use_trainable_adapters)
     _warn(options, experts, sites)
     mixture = {"target": sites, "experts": values, "router": options.router()}
     return parse(MixtureConfig, {"sites": [mixture]}, path)
