@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import rotate_checkpoints
 
 from .. import checkpoints, files
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, ConfigError, UserError
 from ..mixture import MoELoRAModel
 
 # The Trainer leaves out what begins with an underscore when it uploads a run's folder.
@@ -38,6 +38,10 @@ class CheckpointingTrainer(Trainer):
     _staging: Path | None = None
     _push_after_commit = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adapters = self.model.active_adapters
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -50,13 +54,29 @@ class CheckpointingTrainer(Trainer):
             resume_from_checkpoint: a checkpoint folder, or ``True`` for the newest whole one of the run's folder.
 
         Raises:
+            ConfigError: several adapters are active, or another one than when this trainer was made.
             CheckpointError: there is nothing whole to resume from, or the checkpoint is of another mixture.
             UserError: another process is training in the run's folder.
             TrainingError: a loss or a gradient was not finite; the step was not taken.
         """
+        self._refuse_adapters()
         with self._only_run():
             source = self._resume_source(resume_from_checkpoint)
             return super().train(source, trial, ignore_keys_for_eval)
+
+    def _refuse_adapters(self) -> None:
+        """A run has the optimizer of one adapter, and its checkpoints hold one."""
+        active = self.model.active_adapters
+        if len(active) > 1:
+            raise ConfigError(
+                f"adapters {', '.join(map(repr, active))} are active, and a run trains and saves one: call set_adapter "
+                "with it before making the trainer; to train it on top of another, merge that into the backbone first"
+            )
+        if active != self._adapters:
+            raise ConfigError(
+                f"this trainer was made for adapter {self._adapters[0]!r}, but {active[0]!r} is active: call "
+                f"set_adapter({self._adapters[0]!r}), or make another trainer"
+            )
 
     def _resume_source(self, wanted: str | bool | None) -> str | None:
         if not wanted:
@@ -103,6 +123,7 @@ class CheckpointingTrainer(Trainer):
         return str(super()._get_output_dir(trial) if self._staging is None else self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_adapters()
         run_dir = Path(super()._get_output_dir(trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         staging = run_dir / f"{STAGING}{final.name}"

@@ -33,7 +33,8 @@ class RoutingRecorder:
         task_names: name of each task id; without names all tokens count as one task.
 
     Raises:
-        DataError: a name is given twice; or, while recording, a task id has no name.
+        DataError: a name is given twice; or, while recording, a task id has no name, or other adapters are active than
+            at the beginning.
     """
 
     def __init__(self, model: MoELoRAModel, task_names: Sequence[str] = ()) -> None:
@@ -45,6 +46,8 @@ class RoutingRecorder:
         self._listening: AbstractContextManager[object] | None = None
         self._context: RoutingContext | None = None
         self._task_B: Tensor | None = None
+        self._adapters: list[str] = []
+        self._names: list[str] = []
 
     def __enter__(self) -> Self:
         self._listening = self.model.slot.using(listener=self._hear)
@@ -60,12 +63,24 @@ class RoutingRecorder:
     def _hear(self, site: SiteInfo, record: RoutingRecord) -> None:
         context = self.model.slot.context
         if context is not self._context:
+            self._check_adapters()
             self._context, self._task_B = context, self._tasks(context)
         counts = self._sites.get(site.name)
         if counts is None:
             counts = _SiteCounts(site, record.num_experts, len(self.task_names) + 1, record.weights.device)
             self._sites[site.name] = counts
         counts.add(record, self._task_B)
+
+    def _check_adapters(self) -> None:
+        active = self.model.active_adapters
+        if self._adapters == active:
+            return
+        if self._adapters:
+            raise DataError(
+                f"this recorder has counted adapter {', '.join(self._adapters)}, and now {', '.join(active)} decides, "
+                "whose sites may have the same names: make a recorder for each"
+            )
+        self._adapters, self._names = active, list(self.model.containers())
 
     def _tasks(self, context: RoutingContext) -> Tensor | None:
         """(B,) row of each sequence's task; ``None`` where the tasks have no names."""
@@ -97,7 +112,7 @@ class RoutingRecorder:
         unknown = any(float(counts.tokens_N[-1]) for counts in self._sites.values())
         rows = [*(range(len(self.task_names)) if known else ()), *([len(self.task_names)] if unknown else ())]
         names = [*self.task_names, NO_TASK if known else "all tokens"]
-        order = [name for name in self.model.containers() if name in self._sites]
+        order = [name for name in self._names if name in self._sites]
         return RoutingStats(
             model=model or self.model.name_or_path or type(self.model.backbone).__name__,
             data=data,
