@@ -104,7 +104,7 @@ class XLoRALayout(Layout):
 
     def further_files(self, folder: Folder) -> tuple[str, ...]:
         places = _places(folder, _config(folder)).values()
-        return adapter_files([place for _, each in places for place in each] or ["*"])
+        return adapter_files(place for _, each in places for place in each)
 
     def read(self, folder: Folder) -> StandaloneStored:
         path = folder.path / CONFIG

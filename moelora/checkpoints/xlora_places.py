@@ -7,6 +7,7 @@ the same repository (``<repository>/snapshots/<commit>``), and nothing is downlo
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -52,9 +53,9 @@ def find(folder: Folder, places: Iterable[str]) -> tuple[str, Folder] | None:
 
 
 def adapter_files(places: Iterable[str]) -> tuple[str, ...]:
-    """The files of adapters at these places of a repository."""
-    inside = [place for place in dict.fromkeys(places) if allowed(place) and not place.startswith("..")]
-    return tuple(f"{place}/{name}" for place in inside for name in (ADAPTER_CONFIG, *ADAPTER_TENSORS))
+    """Patterns of the files of adapters at these places of a repository; without places, of those in any folder."""
+    inside = [glob.escape(place) for place in dict.fromkeys(places) if allowed(place) and not place.startswith("..")]
+    return tuple(f"{place}/{name}" for place in inside or ["*"] for name in (ADAPTER_CONFIG, *ADAPTER_TENSORS))
 
 
 def missing(folder: Folder, file: str, key: str, path: str, places: Iterable[str]) -> CheckpointError:
