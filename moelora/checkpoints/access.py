@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from .. import files
 from ..config import BackboneConfig, MixtureConfig
 from ..errors import CheckpointError
 from . import manifest
+from .detection import candidates, detect, only
 from .folder import Folder
+from .hub import Hub, RemoteFolder
 from .layout import LAYOUTS, Architecture, Content, Layout, Stored
-from .reading import is_hub_id, load_mapping, regular_file
+from .reading import is_hub_id, regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,37 +41,54 @@ def read(
     Raises:
         CheckpointError: nothing there, no layout or several, damaged, or not to be trusted.
     """
-    places = (revision, subfolder, token, cache_dir, local_files_only)
-    patterns = [name for layout in LAYOUTS for name in LAYOUTS.get(layout).files]
-    folder = _locate(path, patterns, *places)
+    inner = "" if subfolder is None else subfolder.strip("/")
+    if inner and any(part in ("", ".", "..") for part in inner.replace("\\", "/").split("/")):
+        raise CheckpointError(f"subfolder {subfolder!r}: expected a folder below {path}, without '..'")
+    local = Path(path).expanduser()
+    if not local.exists():
+        _check_hub_id(path)
+        return _from_hub(Hub(str(path), revision, inner, token, cache_dir, local_files_only))
+    folder = local / inner
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found no folder; give its folder")
     files.recover(folder)
     opened = Folder(folder)
-    layout = detect(opened)
-    if further := layout.further_files(opened):
-        opened = Folder(_locate(path, [*patterns, *further], *places))
-    return layout.read(opened)
+    return detect(opened).read(opened)
 
 
-def detect(folder: Folder) -> Layout:
-    """The layout of a folder, from what its files contain.
+def _from_hub(hub: Hub) -> Stored:
+    """Open a checkpoint of the hub: small files first, large ones only where a layout is sure to need them."""
+    patterns = [name for layout in LAYOUTS for name in LAYOUTS.get(layout).files]
+    path = hub.fetch(patterns)
+    hub = hub.pinned(path)
+    folder = Folder(path)
+    found = candidates(folder) if path.is_dir() else {}
+    if not found:
+        folder = _listed(hub, path)
+        found = candidates(folder, [name for name in LAYOUTS if LAYOUTS.get(name).model_files])
+    layout = only(folder, found)
+    if more := [*layout.further_files(folder), *layout.model_files]:
+        if isinstance(folder, RemoteFolder):
+            size = sum(size for name, size in folder.sizes.items() if any(fnmatch.fnmatchcase(name, m) for m in more))
+            logger.info("%s is of layout %s: fetching %s", hub, layout.kind, files.megabytes(size))
+        path = hub.fetch([*patterns, *more])
+    return layout.read(Folder(path))
+
+
+def _listed(hub: Hub, path: Path) -> Folder:
+    """The folder as the hub lists it, where what was fetched of it is no checkpoint.
 
     Raises:
-        CheckpointError: none fits, or more than one; the message says what is there and what would fit.
+        CheckpointError: there is no such folder.
     """
-    found = {}
-    for name in LAYOUTS:
-        layout: Layout = LAYOUTS.create(name)
-        if reason := layout.detect(folder):
-            found[name] = (layout, reason)
-    if len(found) == 1:
-        return next(iter(found.values()))[0]
-    if found:
-        reasons = " and ".join(f"{name} ({reason})" for name, (_, reason) in found.items())
-        raise CheckpointError(
-            f"{folder.path}: expected the files of one layout, found those of {len(found)}: {reasons}; move one of "
-            "them to another folder"
-        )
-    raise CheckpointError(f"{folder.path}: {_nothing_known(folder.path)}")
+    sizes = hub.listing()
+    if sizes:
+        return RemoteFolder(path, hub, sizes)
+    if sizes is None and path.is_dir():
+        return Folder(path)
+    everything = replace(hub, subfolder="").listing() or {}
+    folders = ", ".join(sorted({name.rpartition("/")[0] for name in everything if "/" in name})[:20]) or "none"
+    raise CheckpointError(f"{hub}: no such folder in this repository; it has {folders}: check the subfolder")
 
 
 def convert(src: str | Path, dst: str | Path, *, to: str, **hub: Any) -> None:
@@ -160,60 +177,7 @@ def describe(path: str | Path, **hub: Any) -> Description:
     )
 
 
-def _locate(
-    path: str | Path,
-    patterns: Sequence[str],
-    revision: str | None,
-    subfolder: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Path:
-    inner = "" if subfolder is None else subfolder.strip("/")
-    if inner and any(part in ("", ".", "..") for part in inner.replace("\\", "/").split("/")):
-        raise CheckpointError(f"subfolder {subfolder!r}: expected a folder below {path}, without '..'")
-    local = Path(path).expanduser()
-    if local.exists():
-        folder = local / inner
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found no folder; give its folder")
-        return folder
-    _check_hub_id(path)
-    try:
-        snapshot = snapshot_download(
-            str(path),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=[f"{inner}/{name}" if inner else name for name in patterns],
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path}: no such folder here, and it could not be had from the hub: {reason}; check the name, the "
-            "network and, for a private repository, the token"
-        ) from error
-    return Path(snapshot) / inner
-
-
 def _check_hub_id(path: str | Path) -> None:
     text = str(path)
     if isinstance(path, Path) or text.startswith((".", "~", os.sep)) or not is_hub_id(text):
         raise CheckpointError(f"{path}: no such folder; expected the folder of a checkpoint, or a hub id 'owner/name'")
-
-
-def _nothing_known(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder in this repository; check the subfolder"
-    newest = manifest.latest(folder)
-    if newest is not None:
-        return f"expected a checkpoint, found a run with several; give one of them, the newest whole one is {newest}"
-    known = "; ".join(f"{name}: {', '.join(LAYOUTS.get(name).files)}" for name in LAYOUTS)
-    listed = sorted(path.name for path in folder.iterdir())
-    hint = ""
-    if "adapter_config.json" in listed:
-        peft_type = load_mapping(folder / "adapter_config.json").get("peft_type")
-        hint = f" (adapter_config.json has peft_type {peft_type!r}, which is not read)"
-    shown = ", ".join(listed[:20]) or "nothing"
-    return f"expected a checkpoint in a known layout ({known}), found {shown}{hint}; give the folder with these files"

@@ -34,6 +34,14 @@ class Folder:
         """The names of its files and folders that fit a pattern, in order."""
         return sorted(path.name for path in self.path.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
+    def below(self, name: str) -> list[str]:
+        """The files of a name that lie in folders of this one, as ``folder/name``."""
+        return sorted(path.relative_to(self.path).as_posix() for path in self.path.glob(f"*/{name}"))
+
+    def size(self, name: str) -> int:
+        """The bytes of a file."""
+        return (self.path / name).stat().st_size
+
     def inner(self, name: str) -> Folder:
         """A folder below this one.
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 import moelora
 from moelora import checkpoints
-from moelora.checkpoints import access
 from moelora.errors import CheckpointError, ConfigError
 
 
@@ -20,44 +21,6 @@ def test_layouts_are_listed_and_described() -> None:
     assert {"mixlora", "native"} <= set(checkpoints.names())
     for name in checkpoints.names():
         assert len((checkpoints.LAYOUTS.get(name).__doc__ or "").splitlines()) > 10
-
-
-def as_snapshot(folder: Path, cache: Path) -> Path:
-    """The way the hub's cache lays out a download: links into a folder of blobs."""
-    snapshot = cache / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (cache / "blobs").mkdir()
-    for index, path in enumerate(sorted(folder.iterdir())):
-        shutil.copy(path, cache / "blobs" / str(index))
-        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(index)))
-    return snapshot
-
-
-@pytest.mark.parametrize("layout", ["native", "mixlora"])
-def test_hub_snapshot(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """Only the files of known layouts are asked for, and links into the cache are followed."""
-    folder: Path = request.getfixturevalue(layout)
-    asked: dict[str, Any] = {}
-
-    def download(repo_id: str, **kwargs: Any) -> str:
-        asked.update(kwargs, repo_id=repo_id)
-        return str(as_snapshot(folder, tmp_path / "cache"))
-
-    monkeypatch.setattr(access, "snapshot_download", download)
-    stored = checkpoints.read("owner/name", revision="v1", token="t")
-    assert stored.layout == layout and stored.tensors(stored.declared())
-    assert (asked["repo_id"], asked["revision"], asked["token"]) == ("owner/name", "v1", "t")
-    assert set(asked["allow_patterns"]) == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.bin",
-        "adapter_model.safetensors",
-        "manifest.json",
-        "moelora.safetensors",
-        "moelora_config.json",
-    }
 
 
 def test_subfolder(native: Path) -> None:
@@ -75,11 +38,6 @@ def test_no_such_folder(path: str | Path) -> None:
         checkpoints.read(path)
 
 
-def test_not_on_the_hub_either(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="check the name, the network"):
-        checkpoints.read("moelora/none", cache_dir=tmp_path, local_files_only=True)
-
-
 def test_a_file_in_place_of_a_folder(native: Path) -> None:
     with pytest.raises(CheckpointError, match=r"moelora\.safetensors.*give its folder"):
         checkpoints.read(native / "moelora.safetensors")
@@ -88,15 +46,75 @@ def test_a_file_in_place_of_a_folder(native: Path) -> None:
 def test_a_run_in_place_of_a_checkpoint(native: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    native.rename(run / "checkpoint-7")
-    with pytest.raises(CheckpointError, match=r"the newest whole one is .*checkpoint-7"):
+    shutil.copytree(native, run / "checkpoint-7")
+    shutil.copytree(native, run / "checkpoint-12")
+    (run / "checkpoint-12" / "moelora.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"several \(checkpoint-7, checkpoint-12\).*whole one is .*checkpoint-7$"):
         checkpoints.read(run)
 
 
-def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"known layout \(.*mixlora: adapter_config\.json.*found config\.json"):
+def adapter(folder: Path, peft_type: str = "LORA", **tensors: torch.Tensor) -> Path:
+    """What PEFT writes, or something that looks like it."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, "r": 2, "lora_alpha": 4}))
+    if tensors:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_run_of_another_trainer(tmp_path: Path) -> None:
+    for step in (100, 20):
+        adapter(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match=r"found a run with several .*the newest is checkpoint-100$"):
         checkpoints.read(tmp_path)
+
+
+def test_a_folder_of_adapters_in_place_of_one(tmp_path: Path) -> None:
+    for name in ("maths", "code"):
+        adapter(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"a folder of 2 \(code, maths\): give one of them.*'moelora compose'"):
+        checkpoints.read(tmp_path)
+
+
+def test_an_adapter_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"known layout \(.*native.*peft_type 'LOHA', which is not read.*save_as_lora"
+    ):
+        checkpoints.read(adapter(tmp_path / "loha", "LOHA", x=torch.zeros(1)))
+
+
+def test_an_adapter_with_tensors_of_other_names(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tensors beside adapter_config\.json \(lora_Z, \.\.\.\) are named as in no"
+    ):
+        checkpoints.read(adapter(tmp_path / "odd", lora_Z=torch.zeros(1)))
+
+
+def test_an_adapter_without_tensors(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.safetensors or .* beside adapter_config\.json, found neith"
+    ):
+        checkpoints.read(adapter(tmp_path / "half"))
+
+
+def test_a_whole_model_in_place_of_a_mixture(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    tiny_llama.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"found a whole model of type 'llama' \(.* GB in 1 files\) without one"):
+        checkpoints.read(tmp_path)
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"in a known layout \(.*mixlora, .*native.*\), found notes\.txt"):
+        checkpoints.read(tmp_path)
+
+
+def test_files_of_two_layouts_are_told_apart_by_nobody(native: Path, mixlora: Path) -> None:
+    shutil.copytree(mixlora, native, dirs_exist_ok=True)
+    with pytest.raises(
+        CheckpointError, match=r"of one layout, found those of 2: mixlora \(.*MIXLORA.*\) and native \("
+    ):
+        checkpoints.read(native)
 
 
 def test_describe(native: Path, make_model: Any) -> None:
