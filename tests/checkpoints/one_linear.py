@@ -4,6 +4,7 @@ is written as their savers do."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from transformers.utils import ModelOutput
 from moelora import MoELoRAModel, checkpoints
 
 PREFIX = "base_model.model.fc."
+
+
+@dataclass
+class LinearOutput(ModelOutput):
+    y: Tensor | None = None
 
 
 class OneLinear(PreTrainedModel):
@@ -32,8 +38,8 @@ class OneLinear(PreTrainedModel):
                 self.fc.bias.copy_(bias)
         self.post_init()
 
-    def forward(self, x: Tensor, return_dict: bool = True) -> ModelOutput:
-        return ModelOutput(y=self.fc(x))
+    def forward(self, x: Tensor, return_dict: bool = True) -> LinearOutput:
+        return LinearOutput(y=self.fc(x))
 
     def _init_weights(self, module: nn.Module) -> None:
         pass
