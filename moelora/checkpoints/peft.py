@@ -98,7 +98,9 @@ class PeftLayout(Layout):
             return None
         config, file = pair
         lora = [key for key in file.headers if ".lora_" in key]
-        if config.get("peft_type") != "LORA" or config.get("arrow_config") is not None or not lora:
+        if config.get("peft_type") != "LORA" or config.get("arrow_config") is not None:
+            return None
+        if not any(_KEY.fullmatch(key) or ".lora_embedding_" in key for key in lora):
             return None
         if not all(_TAIL.fullmatch(key) for key in lora) or _foreign(file):
             return None
@@ -164,11 +166,6 @@ def _refuse_others(file: TensorFile, modules: Mapping[str, Mapping[str, Shape]],
         if name not in tensors
     ]
     refuse(file.path, missing + misshapen(modules, PEFT_PREFIX), backbone)
-    if not modules:
-        raise CheckpointError(
-            f"{file.path}: expected keys such as {PEFT_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight, found "
-            f"{', '.join(list(file.headers)[:5])}: save the adapter with PEFT's save_pretrained"
-        )
 
 
 def _refuse_embeddings(file: TensorFile, keys: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import TypeVar
 
@@ -45,6 +46,7 @@ class Pattern:
         return all(letter in (None, found) for letter, found in zip(self.letters, path[start:], strict=True))
 
 
+@lru_cache(maxsize=4096)
 def parse_pattern(key: str) -> Pattern | None:
     """A key as :class:`Pattern`, or ``None`` for a regular expression beyond ``^``, ``$``, ``.``, a backslash before
     punctuation, and ``.*`` at the start.

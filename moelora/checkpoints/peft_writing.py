@@ -69,7 +69,8 @@ class WrittenAdapter:
                 None if match is None else next((each for each in _upwards(match["module"]) if each in owners), None)
             )
             if match is not None and owner is not None:
-                self.modules.setdefault(match["module"], Update.of(owners[owner], owner))
+                if match["module"] not in self.modules:
+                    self.modules[match["module"]] = Update.of(owners[owner], owner)
             elif any(fits(path, saved) for path in _upwards(name) for saved in content.mixture.modules_to_save):
                 self.saved.append(name)
             else:
