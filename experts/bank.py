@@ -61,12 +61,14 @@ class ExpertsConfig(Pluggable):
         """The options of one site: those of the patterns that its path fits, in place of ``r`` and ``alpha``."""
         if not self.rank_pattern and not self.alpha_pattern:
             return self
-        changes: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+        changes: dict[str, Any] = {}
         for name, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
             fitting = next((value for key, value in pattern.items() if fits(site, key)), None)
             if fitting is not None:
                 changes[name] = fitting
-        return self.parse({**self.to_dict(), **changes})
+        # A file may name hundreds of sites, each of which would carry all patterns.
+        rest = self.model_dump(mode="json", exclude={"rank_pattern", "alpha_pattern"})
+        return self.parse({**rest, **changes})
 
     @property
     def ranks(self) -> tuple[int, ...]:
