@@ -112,7 +112,10 @@ class MoRAMXTAILLayout(Layout):
                 f"{file.path}: expected modules of CLIP with lora_A, and a multiple of its rows in old_lora_A, found "
                 f"{len(modules)} modules, the first with {rank} and {old} rows: it is no whole checkpoint of MoRAM"
             )
-        groups = [sorted((ours(path) for path in modules), key=_in_order)]
+        try:
+            groups = [sorted((ours(path) for path in modules), key=_in_order)]
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
         experts = {"kind": "rank1", "num_experts": old // rank + 1, "r": rank, "alpha": rank}
         router = {"kind": "moram", "top_k": rank, "temperature": TEMPERATURE, "threshold": THRESHOLD}
         site = {"target": groups[0], "experts": experts, "router": router}
@@ -197,7 +200,7 @@ def _compare_ranks(file: PickleFile, sizes: Mapping[str, tuple[int, int]]) -> No
     for path, (rank, old) in sizes.items():
         shown |= {f"{path}/rank": rank, f"{path}/old_rank": old}
     problems = [
-        f"misshapen: lora_ranks of {name}: expected {shown.get(name, 'no such module')}, found {said.get(name)}"
+        f"misshapen: lora_ranks of {name}: expected {shown.get(name, 'no such module')}, found {said.get(name)!r}"
         for name in dict.fromkeys((*shown, *said))
         if shown.get(name) != said.get(name)
     ]
