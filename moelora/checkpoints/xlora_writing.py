@@ -81,43 +81,58 @@ class Plan:
     def write_experts(self, folder: Path) -> None:
         """Write each expert as an adapter in PEFT's layout, in a folder of its own."""
         peft = LAYOUTS.create("peft")
-        for name, content in zip(self.names, self._experts(), strict=True):
+        for name, content in zip(self.names, alone(self.content), strict=True):
             (folder / name).mkdir()
             peft.write(folder / name, content)
 
-    def _experts(self) -> Iterator[Content]:
-        for expert in range(self.site.experts.num_experts):
-            ranks, alphas, tensors = {}, {}, {}
-            for path in self.content.sites[0]:
-                experts = self.site.experts.at(path)
-                rank, start = experts.ranks[expert], sum(experts.ranks[:expert])
-                if rank == 0:
-                    continue
-                ranks[path], alphas[path] = rank, experts.alphas[expert]
-                piece = slice(start, start + rank)
-                tensors[f"{path}.lora_A"] = self.content.tensors[f"{path}.lora_A"][piece].clone()
-                tensors[f"{path}.lora_B"] = self.content.tensors[f"{path}.lora_B"][:, piece].contiguous()
-            alone = self._alone(expert, ranks, alphas)
-            yield replace(self.content, mixture=alone, sites=[list(ranks)], tensors=tensors)
 
-    def _alone(self, expert: int, ranks: dict[str, int], alphas: dict[str, float]) -> MixtureConfig:
-        """One expert as a mixture of its own, always on at the sites where it has anything."""
-        scaling = _scalings(self.site)[expert]
-        kind = {"kind": scaling} if isinstance(scaling, str) else {"kind": "frozen", "scaling": [scaling]}
-        r, alpha = most_common(ranks.values()), most_common(alphas.values())
-        experts = {
-            **kind,
-            "num_experts": 1,
-            "r": r,
-            "alpha": alpha,
-            "dropout": self.site.experts.dropout,
-            "rank_pattern": site_patterns(ranks, r),
-            "alpha_pattern": site_patterns(alphas, alpha),
-        }
-        where: dict[str, Any] = {"target": list(ranks)}
-        if len(ranks) == len(self.content.sites[0]):
-            where = {"target": self.site.target, "layers": self.site.layers}
-        return MixtureConfig.parse({"sites": [{**where, "experts": experts}]})
+def alone(content: Content) -> Iterator[Content]:
+    """Each expert of a mixture of linears as a mixture of its own, always on at the sites where it has anything.
+
+    Args:
+        content: with one configuration of sites.
+    """
+    site = content.mixture.sites[0]
+    for expert in range(site.experts.num_experts):
+        ranks, alphas, tensors = {}, {}, {}
+        for path in content.sites[0]:
+            experts = site.experts.at(path)
+            rank, start = experts.ranks[expert], sum(experts.ranks[:expert])
+            if rank == 0:
+                continue
+            ranks[path], alphas[path] = rank, experts.alphas[expert]
+            piece = slice(start, start + rank)
+            tensors[f"{path}.lora_A"] = content.tensors[f"{path}.lora_A"][piece].clone()
+            tensors[f"{path}.lora_B"] = content.tensors[f"{path}.lora_B"][:, piece].contiguous()
+        whole = len(ranks) == len(content.sites[0])
+        mixture = _one_expert(site, expert, ranks, alphas, whole)
+        yield replace(content, mixture=mixture, sites=[list(ranks)], tensors=tensors)
+
+
+def _one_expert(
+    site: SiteConfig, expert: int, ranks: Mapping[str, int], alphas: Mapping[str, float], whole: bool
+) -> MixtureConfig:
+    """The configuration of :func:`alone`.
+
+    Args:
+        ranks, alphas: of the sites where the expert has anything. whole: those are all.
+    """
+    scaling = _scalings(site)[expert]
+    kind = {"kind": scaling} if isinstance(scaling, str) else {"kind": "frozen", "scaling": [scaling]}
+    r, alpha = most_common(ranks.values()), most_common(alphas.values())
+    experts = {
+        **kind,
+        "num_experts": 1,
+        "r": r,
+        "alpha": alpha,
+        "dropout": site.experts.dropout,
+        "rank_pattern": site_patterns(ranks, r),
+        "alpha_pattern": site_patterns(alphas, alpha),
+    }
+    where: dict[str, Any] = {"target": list(ranks)}
+    if whole:
+        where = {"target": site.target, "layers": site.layers}
+    return MixtureConfig.parse({"sites": [{**where, "experts": experts}]})
 
 
 def _scalings(site: SiteConfig) -> list[Any]:
