@@ -24,7 +24,8 @@ def match_saved(backbone: nn.Module, names: Iterable[str]) -> list[str]:
         if not hits:
             raise ConfigError(
                 f"modules_to_save names {name!r}, which matches no module of {type(backbone).__name__}; it has: "
-                f"{_endings(paths)}"
+                f"{_endings(paths)}. The head of a classifier needs a backbone that has it, such as one of "
+                "AutoModelForSequenceClassification"
             )
         found |= dict.fromkeys(path for path in hits if not path.startswith(tuple(f"{hit}." for hit in hits)))
     return sorted(found, key=paths.index)
