@@ -110,7 +110,7 @@ class PeftXLoRALayout(Layout):
             backbone=backbone_of(config.base_model_name_or_path, config.revision, experts),
             architecture=Architecture(hidden_size=config.hidden_size),
             mixture=mixture_of(config, experts, folder.path / ADAPTER_CONFIG),
-            file=join(classifier.path, classifier, experts),
+            file=join(folder.path, classifier, experts),
             options=config,
             linears=config.linears(),
             experts=experts,
@@ -189,8 +189,9 @@ def _refuse_spoilt(inner: Folder, key: str, path: str) -> None:
 
 def _refuse_lost(folder: Folder, config: PeftXLoRAConfig, classifier: TensorFile) -> None:
     """Refuse a classifier of which PEFT's save left out linears."""
-    lost = [name for name in config.linears() if f"{name}.weight" not in classifier.headers]
-    if not lost:
+    linears = config.linears()
+    lost = [name for name in linears if f"{name}.weight" not in classifier.headers]
+    if not lost or any(key.rpartition(".")[0] not in linears for key in classifier.headers):
         return
     remedy = "train the classifier again, or save it from memory with an older PEFT"
     elsewhere = {name: file for name in lost if (file := _elsewhere(folder, name.rpartition(".")[2])) is not None}

@@ -116,7 +116,7 @@ class XLoRALayout(Layout):
             backbone=backbone_of(config.base_model_id, None, experts),
             architecture=Architecture(hidden_size=config.hidden_size),
             mixture=mixture_of(config, experts, path),
-            file=join(classifier.path, classifier, experts),
+            file=join(folder.path, classifier, experts),
             options=config,
             linears=config.linears(),
             experts=experts,

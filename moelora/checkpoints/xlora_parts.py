@@ -52,7 +52,7 @@ class XLoRAOptions(Closed):
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False
-    xlora_depth: Positive = 1
+    xlora_depth: Annotated[int, Field(gt=0, le=100)] = 1
     xlora_size: Positive = 2048
     xlora_dropout_p: Annotated[float, Field(ge=0, lt=1)] = 0.2
     use_trainable_adapters: bool = False

@@ -115,12 +115,18 @@ def test_written_again_it_is_the_same_bit_for_bit_and_peft_reads_it(
         assert far(found, stored[f"{case}.logits"]) <= 1e-5
 
 
-@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16},
+        {"scaling_pass_value": 0.3, "global_scaling_weight": 0.5},
+    ],
+)
 def test_adapters_that_differ_in_rank_scale_and_linears_are_mixed_as_peft_does(
-    layerwise: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An adapter that has nothing at a linear adds nothing there; the linears of all together count."""
-    expected = made.make(tmp_path / "made", RAGGED, layerwise_scalings=layerwise, xlora_depth=2, xlora_size=16)
+    expected = made.make(tmp_path / "made", RAGGED, **options)
     model = moelora.from_pretrained(tmp_path / "made", made.llama())
     assert far(made.logits_of(model), expected) <= 1e-5
     assert "math, bio, code adapt fewer linears than the 6" in caplog.text
@@ -280,4 +286,29 @@ def test_a_classifier_of_other_adapters_is_refused(tmp_path: Path) -> None:
         checkpoints.read(folder)
     edit(folder, adapters={"0": "math", "1": "bio", "2": "code"}, hidden_size=31)
     with pytest.raises(CheckpointError, match=r"layers\.0\.weight: expected \(18, 31\), found \(18, 32\)"):
+        checkpoints.read(folder)
+
+
+def test_dropout_of_the_adapters_is_one_and_the_largest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapters = {name: {**ALIKE["one"], "lora_dropout": p} for name, p in (("one", 0.1), ("two", 0.3))}
+    expected = made.make(tmp_path / "made", adapters, scaling_pass_value=0.1, top_k_lora=2)
+    model = moelora.from_pretrained(tmp_path / "made", made.llama())
+    assert far(made.logits_of(model), expected) <= 1e-5
+    experts = model.mixture.sites[0].experts
+    assert (experts.dropout, experts.expert_dropout) == (0.3, "separate")
+    assert "training goes on with the largest: {'one': 0.1, 'two': 0.3}" in caplog.text
+    assert "scaling_pass_value 0.1 with top_k_lora 2" in caplog.text
+    checkpoints.convert(tmp_path / "made", tmp_path / "written", to="peft_xlora")
+    for name in adapters:
+        config = json.loads((tmp_path / "written" / name / "adapter_config.json").read_text())
+        assert config["lora_dropout"] == 0.3
+
+
+def test_a_configuration_that_was_edited_is_told_from_a_spoilt_save(tmp_path: Path) -> None:
+    folder = copy(ROOT / "depth3_layerwise_T05", tmp_path / "checkpoint")
+    edit(folder, adapters={"0": "math", "1": "bio", "2": "code"}, xlora_dropout_p=0.0)
+    with pytest.raises(CheckpointError, match=r"missing: .*layers\.2\.weight(.|\n)*unexpected: .*layers\.3\.weight"):
+        checkpoints.read(folder)
+    edit(folder, xlora_depth=10**9)
+    with pytest.raises(CheckpointError, match="xlora_depth: Input should be less than or equal to 100"):
         checkpoints.read(folder)
