@@ -39,7 +39,8 @@ class Watch:
         """
         unseen = self._unseen.get(backbone.training)
         if unseen is None:
-            sites = [module.site.path for module in backbone.modules() if isinstance(module, Container)]
+            # Not the paths of the sites: those of one adapter may lie inside a container of another.
+            sites = [name for name, module in backbone.named_modules() if isinstance(module, Container)]
             unseen = {name for name in sites if not isinstance(_around(backbone, name), PreTrainedModel)}
             if not backbone.training:
                 # Cross-attention with a full cache calls fewer of its linears, so a call in training is enough.
