@@ -17,10 +17,13 @@ from . import (
     peft,
     peft_arrow,
     peft_xlora,
+    phi4,
     smora,
     xlora,
 )
-from .access import Description, convert, describe, read
+from .access import read
+from .conversion import Conversion, convert
+from .description import Description, describe
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Stored
 from .manifest import commit, latest, verify
 
@@ -30,6 +33,7 @@ __all__ = [
     "LAYOUTS",
     "Architecture",
     "Content",
+    "Conversion",
     "Description",
     "Layout",
     "Part",
@@ -53,6 +57,7 @@ __all__ = [
     "peft",
     "peft_arrow",
     "peft_xlora",
+    "phi4",
     "read",
     "smora",
     "verify",

@@ -86,3 +86,19 @@ class SelectedFile(TensorFile):
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         return self._file.load(keys)
+
+
+class RenamedFile(TensorFile):
+    """Tensors of a file under other names.
+
+    Args:
+        names: of the tensors in ``file``, by the names that they get; others are left out.
+    """
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
+        self.path = file.path
+        self.headers = {new: file.headers[old] for new, old in names.items()}
+        self._file, self._names = file, names
+
+    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        return {key: self._file.load([self._names[key]])[self._names[key]] for key in keys}

@@ -62,9 +62,7 @@ class WithModel(ByModule):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None:
         if self.model_config is None or not self.names:
             return None
-        wanted = {"name": str(self.folder), "quantization": quantization, "dtype": dtype}
-        changes = {key: value for key, value in wanted.items() if value is not None}
-        config = BackboneConfig.parse({**self.backbone.to_dict(), **changes})
+        config = self.own_config(quantization, dtype)
         self._refuse_another()
         # Views of a mapped file: nothing is read before it is needed.
         tensors = {name: self.source.load([key])[key] for name, key in self.names.items()}
@@ -73,9 +71,20 @@ class WithModel(ByModule):
         with explained(config.name):
             if regular_file(self.folder / GENERATION):
                 self._own.generation_config = GenerationConfig.from_pretrained(config.name)
-            if any(regular_file(self.folder / name) for name in TOKENIZER_FILES[:2]):
+            if self.has_tokenizer:
                 tokenizer = load_tokenizer(config.name, config.name, {"config": self.model_config})
         return self._own, tokenizer
+
+    def own_config(self, quantization: str | None, dtype: str | None) -> BackboneConfig:
+        """How to load the backbone of this folder; ``None`` is as in the checkpoint."""
+        wanted = {"name": str(self.folder), "quantization": quantization, "dtype": dtype}
+        changes = {key: value for key, value in wanted.items() if value is not None}
+        return BackboneConfig.parse({**self.backbone.to_dict(), **changes})
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer in the folder."""
+        return any(regular_file(self.folder / name) for name in TOKENIZER_FILES[:2])
 
     def check_weights(self, backbone: PreTrainedModel) -> None:
         if backbone is self._own:
