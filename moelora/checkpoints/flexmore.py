@@ -112,9 +112,7 @@ class FlexMoRELayout(Layout):
     """
 
     files = (CONFIG,)
-
-    def further_files(self, folder: Folder) -> tuple[str, ...]:
-        return WHOLE_MODEL_FILES
+    model_files = WHOLE_MODEL_FILES
 
     def detect(self, folder: Folder) -> str | None:
         kind = folder.mapping(CONFIG).get("model_type") if folder.has(CONFIG) else None

@@ -92,6 +92,10 @@ class MeteoRALayout(Layout):
     files = (ADAPTER_CONFIG,)
     model_files = WHOLE_MODEL_FILES
 
+    def further_files(self, folder: Folder) -> tuple[str, ...]:
+        _need_config(folder)  # before 17 GB are fetched
+        return ()
+
     def detect(self, folder: Folder) -> str | None:
         file = folder.model()
         if file is None or not any(_KEY.fullmatch(key) and key.endswith(_GATE) for key in file.headers):
@@ -104,7 +108,7 @@ class MeteoRALayout(Layout):
         file = SelectedFile(whole, _of_adapter)
         modules = modules_of(file, _KEY)
         experts = _experts(modules, whole.path)
-        config = _config(folder, experts)
+        config = _config(folder)
         if config.names is None:
             logger.warning(
                 "%s: the names of the adapters are not in the file: they are called expert_00 and so on, in the order "
@@ -164,15 +168,19 @@ def _experts(modules: Mapping[str, Mapping[str, Shape]], path: Path) -> int:
     return next(iter(shapes.values()))[0]
 
 
-def _config(folder: Folder, experts: int) -> MeteoRAConfig:
-    path = folder.path / ADAPTER_CONFIG
+def _need_config(folder: Folder) -> None:
     if not folder.has(ADAPTER_CONFIG):
         raise CheckpointError(
-            f"{path}: missing; the tensors of MeteoRA have no scale, so the configuration of one of the {experts} "
-            "adapters that went in is needed (all have the same r and lora_alpha): copy its adapter_config.json here "
-            "(in the published repositories <model>_peft/<task>/adapter_config.json), or write one with peft_type "
-            '"LORA", r, lora_alpha and base_model_name_or_path; top_k, temperature and names may be added'
+            f"{folder.path / ADAPTER_CONFIG}: missing; the tensors of MeteoRA have no scale, so the configuration of "
+            "one of the adapters that went in is needed (all have the same r and lora_alpha): copy its file of that "
+            "name here (in the published repositories <model>_peft/<task>/adapter_config.json), or write one with "
+            'peft_type "LORA", r, lora_alpha and base_model_name_or_path; top_k, temperature and names may be added'
         )
+
+
+def _config(folder: Folder) -> MeteoRAConfig:
+    _need_config(folder)
+    path = folder.path / ADAPTER_CONFIG
     values = folder.mapping(ADAPTER_CONFIG)
     plain = read_config({key: value for key, value in values.items() if key not in _OWN_KEYS}, path)
     config = parse(MeteoRAConfig, {**plain.to_dict(), **_only(values, _OWN_KEYS)}, path)
