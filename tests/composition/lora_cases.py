@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -76,11 +73,3 @@ def logits_of(adapter: Adapter) -> Tensor:
         model.get_submodule(path).weight += update(adapter, path).float()
     result: Tensor = model(IO["input_ids"], attention_mask=IO["attention_mask"]).logits
     return result
-
-
-def stock_peft(backbone: Any, folder: Path, name: str = "default") -> Any:
-    """PEFT's own model with a LoRA folder, in evaluation mode."""
-    peft = pytest.importorskip("peft")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return peft.PeftModel.from_pretrained(backbone, str(folder), adapter_name=name).eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_cases import stock
 from lora_cases import (
     FIXTURES,
     ROOT,
@@ -17,7 +18,6 @@ from lora_cases import (
     logits_of,
     pair,
     random_adapter,
-    stock_peft,
     total,
     update,
 )
@@ -53,7 +53,7 @@ def test_the_logits_are_those_of_pefts_weighted_adapter(method: str, options: di
 def peft_model() -> Iterator[Any]:
     """PEFT's own model with the two adapters, whose generator is set just before it merges, as ours is."""
     base = LlamaForCausalLM.from_pretrained(FIXTURES / "tiny_llama_base", dtype=torch.float32)
-    model = stock_peft(base, ROOT / "plain_r4_a8", "plain")
+    model = stock(base, ROOT / "plain_r4_a8", "plain")
     model.load_adapter(str(ROOT / "plain_r4_a8_second"), adapter_name="second")
     inject = model.base_model.inject_adapter
 
