@@ -73,7 +73,9 @@ def refuse_gaps(path: Path, sites: Sequence[str], targets: Sequence[str] | str |
         problems.append(f"expected tensors of {', '.join(missing)}, as of the other layers, found none")
     if isinstance(targets, Sequence) and not isinstance(targets, str):
         if idle := [target for target in targets if not any(site.endswith(target) for site in sites)]:
-            problems.append(f"expected tensors of {', '.join(idle)}, which target_modules names, found none")
+            problems.append(
+                f"expected tensors of {', '.join(idle).replace('.', '')}, which target_modules names, found none"
+            )
         if strange := [site for site in sites if not site.endswith(tuple(targets))]:
             problems.append(f"expected no tensors of {', '.join(strange[:10])}, which target_modules does not name")
     if problems:

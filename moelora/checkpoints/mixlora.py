@@ -5,22 +5,18 @@ Source: TUDB-Labs/MixLoRA d59d09b, TUDB-Labs/MoE-PEFT 40f8cb7.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from .. import files
 from ..config import BackboneConfig
 from ..errors import CheckpointError
 from .folder import ADAPTER_CONFIG, ADAPTER_TENSORS, Folder
 from .layout import LAYOUTS, Architecture, Content, Layout, Part, Shape, Stored, cut, inspect, refuse
-from .mixlora_config import ATTENTION, FFN, adapter_config, mixture_of, read_config
+from .mixlora_config import adapter_config, mixture_of, read_config
+from .moe_peft_config import ATTENTION, FFN, HEAD_KEY, HEAD_TENSOR, write_pair
 from .tensor_file import TensorFile
 
 _OURS = re.compile(r"(?:.*?\.)?([0-9]+)\.(.+)\.(lora_A|lora_B|router\.weight)")
@@ -67,6 +63,9 @@ class _Keys:
         return result
 
     def _cut(self, name: str, shape: Shape, num_experts: int, r: int) -> Iterator[Part]:
+        if name == HEAD_TENSOR:
+            yield Part(HEAD_KEY, shape)
+            return
         match = _OURS.fullmatch(name)
         if match is None:
             raise _no_place(name)
@@ -124,6 +123,8 @@ class MixLoRAStored(Stored):
                         self._width(self._all_keys(inner, projection, "lora_B"))[0],
                         experts.r * experts.num_experts,
                     )
+        if self.mixture.modules_to_save:
+            result[HEAD_TENSOR] = self._width([HEAD_KEY])
         return result
 
     def parts(self, declared: Mapping[str, Shape]) -> dict[str, list[Part]]:
@@ -172,7 +173,10 @@ class MixLoRALayout(Layout):
         ``mixlora.layers.{l}.self_attn.{q_proj,k_proj,v_proj,o_proj}.lora_{A,B}.weight`` (r, in), (out, r), plain LoRA;
         ``mixlora.layers.{l}.mlp.{gate_proj,down_proj,up_proj}.experts.{e}.lora_{A,B}.weight``.
         Phi has dense, fc1, fc2; Phi-3 the fused qkv_proj and gate_up_proj. Every layer is adapted.
-        ``adapter_model.safetensors`` with the same keys is read where it is there; two tensor files are refused.
+        A classifier (task_type SEQ_CLS) has ``classifier`` (labels, hidden) first, the weight of a head without a bias
+        that looks at the last real token: the ``score`` of transformers' sequence classification models, so load it on
+        one with as many labels. ``adapter_model.safetensors`` with the same keys is read where it is there; two tensor
+        files are refused.
 
     Generations: 2 is the above. 1 has ``mixlora.layers.{l}.gate.weight`` and
     ``mixlora.layers.{l}.experts.{e}.{gate,down,up}_proj.lora_{A,B}.weight``; 0 has w1_proj, w2_proj and w3_proj in
@@ -180,7 +184,8 @@ class MixLoRALayout(Layout):
 
     Quirks: expert_lora is honoured here and ignored by the published loader, which also refuses task_type null,
     lora_dropout 0 and a missing act_fn; here the nonlinearity is the backbone's, and act_fn must agree with it.
-    use_dora is refused: the trained magnitudes were never saved. A classification head (task_type SEQ_CLS) is refused.
+    use_dora is refused: the trained magnitudes were never saved. The published loader refuses classifiers, and MoE-PEFT
+    loads the head only where ``adapter_config.json`` has the name of its task (task_name), which it does not write.
     """
 
     files = (ADAPTER_CONFIG, *ADAPTER_TENSORS)
@@ -220,14 +225,7 @@ class MixLoRALayout(Layout):
         declared = {name: tuple(value.shape) for name, value in content.tensors.items()}
         parts = _Keys(2).parts(declared, experts.num_experts, experts.ranks[0])
         tensors = dict(cut(content.tensors, parts))
-        ordered: dict[str, Tensor] = {
-            key: nn.Parameter(tensors[key].detach().to("cpu", torch.float32)) for key in sorted(tensors, key=_place)
-        }
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=4), encoding="utf-8")
-        try:
-            torch.save(ordered, folder / ADAPTER_TENSORS[-1])
-        except RuntimeError as error:  # how torch reports a full disk
-            raise files.os_error(error, folder / ADAPTER_TENSORS[-1]) from error
+        write_pair(folder, values, {key: tensors[key] for key in sorted(tensors, key=_place)})
 
 
 def _generation(file: TensorFile, targets: list[str]) -> int:
@@ -249,6 +247,8 @@ def _num_layers(file: TensorFile) -> int:
 
 def _place(key: str) -> tuple[Any, ...]:
     """Sort key that gives the published order."""
+    if key == HEAD_KEY:
+        return (-1,)
     _, _, layer, block, projection, *rest = key.split(".")
     if projection == "moe_gate":
         return (int(layer), 0)

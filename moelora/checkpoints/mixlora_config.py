@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import Closed, MixtureConfig, SiteConfig
+from ..config import MixtureConfig, SiteConfig
 from ..errors import CheckpointError
 from .layout import Content
+from .moe_peft_config import ATTENTION, DORA, FFN, TASK_TYPES, Lora, LoraOptions, experts_of, saved_modules, task_of
 from .reading import load_mapping, parse
 
 logger = logging.getLogger(__name__)
 
-# In the order in which the tensors of a layer are written.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense")
-FFN = ("gate_up_proj", "gate_proj", "down_proj", "up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
 _OLD_TARGETS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _KINDS = {
     "mixlora": "topk",
@@ -31,18 +28,6 @@ _KINDS = {
 _STRATEGIES = {"topk": "mixlora", "topp": "mixlora-dynamic", "switch": "mixlora-switch"}
 _PROJECTION = re.compile(r".*\.mlp\.([^.]+)\.lora_A")
 _SITE = re.compile(r"(?:.*?\.)?([0-9]+)\.(.+)")
-
-
-class LoraOptions(Closed):
-    """The options that ``expert_lora`` may replace."""
-
-    r: Annotated[int, Field(gt=0)]
-    lora_alpha: Annotated[float, Field(gt=0)]
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    use_dora: bool = False
-    use_rslora: bool = False
-    bias: str = "none"
-    lora_init: str = "original"
 
 
 class AdapterConfig(LoraOptions):
@@ -91,7 +76,7 @@ def read_config(path: Path) -> AdapterConfig:
         "bias": ("none",),
         "routing_strategy": tuple(_KINDS),
         "lora_init": ("original", "gaussian"),
-        "task_type": ("CAUSAL_LM", "QUESTION_ANS", None),
+        "task_type": TASK_TYPES,
     }
     wrong = [
         f"{key}: expected {' or '.join(repr(value) for value in values)}, found {getattr(config, key)!r}"
@@ -107,10 +92,7 @@ def read_config(path: Path) -> AdapterConfig:
     if not {_OLD_TARGETS.get(name, name) for name in config.targets()} & set(FFN):
         wrong.append(f"target_modules: expected at least one of {', '.join(FFN)}, found {config.targets()}")
     if config.use_dora or (config.expert_lora or {}).get("use_dora"):
-        wrong.append(
-            "use_dora: expected false, found true: the reference neither trains nor saves DoRA's magnitudes, so "
-            "what was trained is not in the file; retrain without DoRA"
-        )
+        wrong.append(DORA)
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}; this checkpoint cannot be read as MixLoRA")
     return config
@@ -136,26 +118,15 @@ def mixture_of(config: AdapterConfig, path: Path) -> MixtureConfig:
         {
             "target": "mlp",
             "projections": [name for name in FFN if name in targets],
-            "experts": _experts(experts, config.num_experts),
+            "experts": experts_of(experts, config.num_experts),
             "router": _router(config),
         }
     ]
     attention = [name for name in ATTENTION if name in targets]
     if attention:
         main = parse(LoraOptions, plain, path)
-        sites.append({"target": attention, "experts": _experts(main, 1)})
-    return parse(MixtureConfig, {"sites": sites}, path)
-
-
-def _experts(options: LoraOptions, count: int) -> dict[str, Any]:
-    return {
-        "kind": "rslora" if options.use_rslora else "lora",
-        "num_experts": count,
-        "r": options.r,
-        "alpha": options.lora_alpha,
-        "dropout": options.lora_dropout,
-        "init": "gaussian" if options.lora_init == "gaussian" else "kaiming",
-    }
+        sites.append({"target": attention, "experts": experts_of(main, 1)})
+    return parse(MixtureConfig, {"sites": sites, "modules_to_save": saved_modules(config.task_type)}, path)
 
 
 def _router(config: AdapterConfig) -> dict[str, Any]:
@@ -180,34 +151,17 @@ def _router(config: AdapterConfig) -> dict[str, Any]:
     return router
 
 
-@dataclass(frozen=True)
-class _Lora:
-    """The LoRA options of one site configuration, as the file has them."""
-
-    rslora: bool
-    r: int
-    alpha: float
-    dropout: float
-
-    @classmethod
-    def of(cls, site: SiteConfig) -> _Lora:
-        experts = site.experts
-        return cls(experts.kind == "rslora", experts.ranks[0], experts.alphas[0], experts.dropout)
-
-    def numbers(self) -> dict[str, float]:
-        alpha = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
-        return {"r": self.r, "lora_alpha": alpha, "lora_dropout": self.dropout}
-
-
 def adapter_config(content: Content) -> dict[str, Any]:
     """The file for a mixture, keys in the published order.
 
     Raises:
         CheckpointError: MixLoRA cannot express the mixture; every reason is named.
     """
-    routed, plain = _roles(content)
-    main = _Lora.of(plain[0]) if plain else _Lora.of(routed)
-    special = _Lora.of(routed)
+    reasons: list[str] = []
+    task_type = task_of(content, reasons)
+    routed, plain = _roles(content, reasons)
+    main = Lora.of(plain[0]) if plain else Lora.of(routed)
+    special = Lora.of(routed)
     adapted = {name.rpartition(".")[2] for names in content.sites for name in names}
     adapted |= {match[1] for name in content.tensors if (match := _PROJECTION.fullmatch(name))}
     values: dict[str, Any] = {"use_rslora": True} if main.rslora else {}
@@ -226,15 +180,14 @@ def adapter_config(content: Content) -> dict[str, Any]:
         "act_fn": content.architecture.hidden_act,
         **_router_values(routed.router),
         "base_model_name_or_path": content.backbone.name,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
     }
 
 
-def _roles(content: Content) -> tuple[SiteConfig, list[SiteConfig]]:
+def _roles(content: Content, reasons: list[str]) -> tuple[SiteConfig, list[SiteConfig]]:
     """The site configuration of the FFN blocks and those of attention, after checking that both can be expressed."""
     routed: list[SiteConfig] = []
     plain: list[SiteConfig] = []
-    reasons: list[str] = []
     layers: dict[str, set[int]] = {}
     for site, names in zip(content.mixture.sites, content.sites, strict=True):
         matches = [_SITE.fullmatch(name) for name in names]
@@ -260,7 +213,7 @@ def _roles(content: Content) -> tuple[SiteConfig, list[SiteConfig]]:
             reasons.append(f"it adapts every one of the {count} layers, this mixture has {name} in {len(each)}")
     if content.architecture.hidden_act is None:
         reasons.append("it records the backbone's nonlinearity (act_fn), which this checkpoint does not")
-    if not reasons and len({_Lora.of(site) for site in plain}) > 1:
+    if not reasons and len({Lora.of(site) for site in plain}) > 1:
         reasons.append("it has one kind, r, alpha and dropout for all of attention, this mixture has several")
     if reasons:
         unique = "; ".join(dict.fromkeys(reasons))

@@ -396,7 +396,7 @@ MIXLORA: dict[str, tuple[Change, list[str]]] = {
     "use_dora": (in_config(put("use_dora", True), ADAPTER), [ADAPTER, "use_dora: expected false", "retrain without"]),
     "use_dora of the experts": (in_config(put("expert_lora", {"use_dora": True}), ADAPTER), [ADAPTER, "use_dora"]),
     "bias": (in_config(put("bias", "all"), ADAPTER), [ADAPTER, "bias: expected 'none', found 'all'"]),
-    "task_type": (in_config(put("task_type", "SEQ_CLS"), ADAPTER), [ADAPTER, "task_type: expected", "'SEQ_CLS'"]),
+    "task_type": (in_config(put("task_type", "TOKEN_CLS"), ADAPTER), [ADAPTER, "task_type: expected", "'TOKEN_CLS'"]),
     "target_modules": (
         in_config(lambda v: v["target_modules"].append("lm_head"), ADAPTER),
         [ADAPTER, "target_modules: expected names among", "found 'lm_head'"],
