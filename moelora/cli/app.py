@@ -19,9 +19,11 @@ from .. import __version__
 from ..errors import TrainingError, UserError
 from .analyze import analyze
 from .common import stderr
-from .convert import convert
+from .compose import compose
+from .convert import ListsLayouts, convert
 from .env import env
 from .eval import evaluate
+from .export import export
 from .generate import generate
 from .info import info
 from .quickstart import quickstart
@@ -45,7 +47,9 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(analyze)
 app.command()(info)
-app.command()(convert)
+app.command(cls=ListsLayouts)(convert)
+app.command()(compose)
+app.command()(export)
 app.command()(schema)
 app.command()(env)
 app.add_typer(zoo, name="zoo")

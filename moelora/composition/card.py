@@ -14,6 +14,7 @@ from .. import __version__
 from ..checkpoints.native import front_matter
 from ..model import MoELoRAModel
 from ..registry import ROUTERS
+from ..schema import Pluggable
 from .adapter import Adapter
 
 
@@ -45,12 +46,30 @@ def page(model: MoELoRAModel, members: Sequence[Member], general: Sequence[Membe
     if general:
         parts += [f"What these have in common was taken off each of them (GenKnowSub, {subtract}):", _table(general)]
     parts += [
-        f"## Router\n\n```yaml\n{yaml.safe_dump(site.router.to_dict(), sort_keys=False)}```",
+        f"## Router\n\n```yaml\n{_yaml(site.router)}```",
         "## Load it\n\n```python\nimport moelora\n\n"
         f'model = moelora.from_pretrained("path/to/this/folder", backbone={json.dumps(backbone)})\n```',
         *_again(model, members, general, subtract),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_router(text: str, old: Pluggable, new: Pluggable) -> str:
+    """The text of a card after its router was set in another way."""
+    return text.replace(_yaml(old), _yaml(new)).replace(_argument(old), _argument(new))
+
+
+def with_section(text: str, title: str, said: str, settings: Mapping[str, Any]) -> str:
+    """The text of a card with a section about what was done after composing."""
+    return f"{text}\n## {title}\n\n{said}\n\n```yaml\n{yaml.safe_dump(dict(settings), sort_keys=False)}```\n"
+
+
+def _yaml(router: Pluggable) -> str:
+    return str(yaml.safe_dump(router.to_dict(), sort_keys=False))
+
+
+def _argument(router: Pluggable) -> str:
+    return f"router={router.to_dict()!r}"
 
 
 def facts(member: Member) -> dict[str, Any]:
@@ -109,7 +128,7 @@ def _again(model: MoELoRAModel, members: Sequence[Member], general: Sequence[Mem
     own: Mapping[str, Any] = {"dropout": site.experts.dropout, "expert_dropout": site.experts.expert_dropout}
     arguments = [
         repr([member.source for member in members]),
-        f"router={site.router.to_dict()!r}",
+        _argument(site.router),
         f"backbone={model.backbone_config.name!r}",
         f"names={[member.adapter.name for member in members]!r}",
         *([f"general={[member.source for member in general]!r}", f"subtract={subtract!r}"] if general else []),

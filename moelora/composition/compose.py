@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 Source = str | Path | Adapter
 NOWHERE = "unknown"
+UNTRAINED = (
+    "the router has %d parameters that nothing has trained yet: train them (moelora.composition.training.train_router, "
+    "or `moelora compose --data`) before you judge this mixture"
+)
 
 
 def compose(
@@ -86,14 +90,19 @@ def compose(
         loading={"quantization": quantization, "dtype": dtype, "device_map": device_map},
         progress=progress,
         hub=hub,
-    )
+    ).model
     if untrained := untrained_parameters(model):
-        logger.warning(
-            "the router has %d parameters that nothing has trained yet: this mixture routes at random until "
-            "moelora.composition.training.train_router, or a trainer of yours, has taught it",
-            untrained,
-        )
+        logger.warning(UNTRAINED, untrained)
     return model
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A mixture, the adapters that it was made of, and the general ones whose common part was taken off."""
+
+    model: MoELoRAModel
+    members: list[card.Member]
+    general: list[card.Member]
 
 
 def assemble(
@@ -108,7 +117,7 @@ def assemble(
     loading: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     hub: Mapping[str, Any] | None = None,
-) -> MoELoRAModel:
+) -> Assembled:
     """As :func:`compose`, without a word about a router that has to be trained."""
     tell = progress or _silent
     options = fitted_options(router, len(adapters))
@@ -123,8 +132,9 @@ def assemble(
     model.tokenizer = tokenizer
     sources = [None if isinstance(source, Adapter) else str(source) for source in (*adapters, *general)]
     members = [card.Member(adapter, source) for adapter, source in zip([*chosen, *common], sources, strict=True)]
-    model.card = card.page(model, members[: len(chosen)], members[len(chosen) :], subtract)
-    return model
+    assembled = Assembled(model, members[: len(chosen)], members[len(chosen) :])
+    model.card = card.page(model, assembled.members, assembled.general, subtract)
+    return assembled
 
 
 def _put_on(
@@ -195,7 +205,7 @@ def read_all(
     found = []
     for index, source in enumerate(sources):
         tell("Reading adapters", index, len(sources))
-        adapter = source if isinstance(source, Adapter) else read_adapter(source, _name(source), **(hub or {}))
+        adapter = source if isinstance(source, Adapter) else read_adapter(source, name_of(source), **(hub or {}))
         found.append(replace(adapter, factors={m: f for m, f in adapter.factors.items() if f.rank}))
     tell("Reading adapters", len(sources), len(sources))
     return found
@@ -216,7 +226,7 @@ def named(adapters: Sequence[Adapter], names: Sequence[str] | None) -> list[Adap
     return [replace(adapter, name=name) for adapter, name in zip(adapters, wanted, strict=True)]
 
 
-def _name(source: str | Path) -> str:
+def name_of(source: str | Path) -> str:
     """The last part of a path or a hub id, fit to be a name."""
     path = Path(source).expanduser()
     last = path.resolve().name if path.exists() else path.name

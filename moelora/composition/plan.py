@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoints.peft_patterns import most_common, site_patterns
 from ..config import SiteConfig
 from ..errors import ConfigError
 from ..experts import is_linear
@@ -141,9 +142,9 @@ def site_config(
         raise ConfigError(
             f"experts.{others[0]} cannot be set here: the adapters say what they are; {' and '.join(OWN_OPTIONS)} can"
         )
-    ranks = {m: [a.factors[m].rank if m in a.factors else 0 for a in adapters] for m in modules}
+    ranks = {m: tuple(a.factors[m].rank if m in a.factors else 0 for a in adapters) for m in modules}
     alphas = _alphas(adapters, modules)
-    rank, alpha = _usual(ranks), _usual(alphas)
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     experts = {
         "kind": "frozen",
         "num_experts": len(adapters),
@@ -163,37 +164,30 @@ def expert_names(site: SiteConfig) -> list[str]:
     return names or [str(index) for index in range(site.experts.num_experts)]
 
 
-def _alphas(adapters: Sequence[Adapter], modules: Sequence[str]) -> dict[str, list[float]]:
+def _alphas(adapters: Sequence[Adapter], modules: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """For each module the alphas whose quotient by the rank is the scale of each adapter."""
     each = []
     for adapter in adapters:
         mine = {module: factors.scale * factors.rank for module, factors in adapter.factors.items()}
         # Where it has nothing its alpha is of no matter: the usual one makes for the fewest exceptions.
-        usual = Counter(mine.values()).most_common(1)[0][0]
+        usual = most_common(mine.values())
         each.append({module: mine.get(module, usual) for module in modules})
-    return {module: [one[module] for one in each] for module in modules}
+    return {module: tuple(one[module] for one in each) for module in modules}
 
 
-def _usual(values: Mapping[str, list[Any]]) -> list[Any]:
-    return list(Counter(tuple(value) for value in values.values()).most_common(1)[0][0])
-
-
-def _short(values: list[Any]) -> Any:
+def _short(values: tuple[Any, ...]) -> Any:
     """One number where all are the same; the rank 0 has to be in a list."""
-    return values[0] if len(set(values)) == 1 and values[0] else values
+    return values[0] if len(set(values)) == 1 and values[0] else list(values)
 
 
-def _pattern(values: Mapping[str, list[Any]], usual: list[Any]) -> dict[str, list[Any]]:
+def _pattern(values: Mapping[str, tuple[Any, ...]], usual: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
     """The values that are not the usual ones, by the last names of modules where all modules of that name agree."""
-    pattern: dict[str, list[Any]] = {}
+    pattern: dict[str, tuple[Any, ...]] = {}
     for ending, group in _by_ending(values).items():
-        distinct = {tuple(values[module]) for module in group}
-        if len(distinct) == 1:
-            if values[group[0]] != usual:
-                pattern[ending] = values[group[0]]
-        else:
-            # Longest first, since a path may be the end of another, and the first that fits holds.
-            pattern |= {module: values[module] for module in sorted(group, key=len, reverse=True)}
+        if len({values[module] for module in group}) > 1:
+            pattern |= site_patterns({module: values[module] for module in group}, usual)
+        elif values[group[0]] != usual:
+            pattern[ending] = values[group[0]]
     return pattern
 
 
@@ -206,7 +200,7 @@ def _targets(modules: Sequence[str], backbone: nn.Module) -> list[str]:
     return targets
 
 
-def _by_ending(paths: Any) -> dict[str, list[str]]:
+def _by_ending(paths: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(path.rpartition(".")[2], []).append(path)

@@ -21,6 +21,7 @@ from ..model import MoELoRAModel
 from ..registry import ROUTERS
 from ..trainers.live import LiveProgress
 from ..trainers.sft import SFTConfig, SFTTrainer
+from . import card
 from .plan import expert_names
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,14 @@ class Trained:
     examples: int
     tasks: list[str]
     metrics: dict[str, float]
+
+    def __str__(self) -> str:
+        loss = self.metrics.get("eval_task_loss")
+        return (
+            f"{self.parameters:,} parameters of the router were trained for {self.steps} steps on {self.examples} "
+            f"examples of the tasks {', '.join(self.tasks)}"
+            + (", the adapters were not." if loss is None else f"; the loss of the test examples is {loss:.4g}.")
+        )
 
 
 def default_trainer(router: str, **args: Any) -> SFTConfig:
@@ -104,7 +113,10 @@ def train_router(
             metrics.update(run.evaluate())
     model.train(False)
     assert experts_digest(model) == before, "training changed the adapters, which are frozen"
-    return Trained(parameters, run.state.global_step, len(train), train.tasks, metrics)
+    trained = Trained(parameters, run.state.global_step, len(train), train.tasks, metrics)
+    if model.card is not None:
+        model.card = card.with_section(model.card, "Training", str(trained), {**config.to_dict(), "seed": seed})
+    return trained
 
 
 def _trainable(model: MoELoRAModel, router: Any) -> int:

@@ -27,6 +27,7 @@ from ..data import Collator, Example, tokenize
 from ..errors import ConfigError
 from ..model import MoELoRAModel
 from ..routers.static import StaticRouter
+from . import card
 from .plan import Progress, expert_names
 
 
@@ -109,7 +110,14 @@ def search_weights(
         model.train(was_training)
     _settle(model, weights)
     names = expert_names(model.mixture.sites[0])
-    return Found(dict(zip(names, weights, strict=True)), min(history), history[0], history, len(rows))
+    found = Found(dict(zip(names, weights, strict=True)), min(history), history[0], history, len(rows))
+    if model.card is not None:
+        said = (
+            f"The weights were searched without gradients on {found.examples} examples: the loss with the penalty is "
+            f"{found.value:.4g}, that of the backbone is {found.before:.4g}."
+        )
+        model.card = card.with_section(model.card, "Search", said, {**config.to_dict(), "seed": seed})
+    return found
 
 
 def minimise(
@@ -181,10 +189,13 @@ def _settle(model: MoELoRAModel, weights: list[float]) -> None:
     _set(routers, weights)
     [site] = model.mixture.sites
     assert site.router is not None
-    config = site.router.model_copy(update={"weights": weights})
+    before = site.router
+    config = before.model_copy(update={"weights": weights})
     for router in routers:
         router.config = config
     site = site.model_copy(update={"router": config})
+    if model.card is not None:
+        model.card = card.with_router(model.card, before, config)
     model.mixture = model.mixture.model_copy(update={"sites": [site]})
     for name, container in model.containers().items():
         container.config = site.at(name)
