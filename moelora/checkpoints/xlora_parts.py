@@ -239,8 +239,8 @@ def experts_of(experts: Sequence[Expert], trained: bool = False) -> dict[str, An
     values: dict[str, Any] = {
         "kind": scalings[0] if trained and whole else "frozen",
         "num_experts": len(experts),
-        "r": r,
-        "alpha": alpha,
+        "r": r if len(set(r)) > 1 else r[0],
+        "alpha": alpha if len(set(alpha)) > 1 else alpha[0],
         "rank_pattern": site_patterns(ranks, r),
         "alpha_pattern": site_patterns(alphas, alpha),
         "dropout": dropout,
