@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from .tensor_file import JoinedFile, TensorFile
 from .xlora_parts import Expert, backbone_of, experts_of, read_expert, union
 from .xlora_places import adapter_files, find, missing
 from .xlora_writing import alone
+
+logger = logging.getLogger(__name__)
 
 ROUTER = "arrow_router"
 _KINDS = ("frozen", "lora", "rslora")
@@ -55,7 +58,9 @@ class PeftArrowLayout(Layout):
 
     Quirks: PEFT subtracts in place. A model that was saved after its first forward has general knowledge taken off its
     task adapters already, and loading it takes it off again; the files do not tell, so save before, or set use_gks to
-    false. PEFT ignores magnitudes (DoRA) in Arrow; here such an adapter is refused.
+    false. PEFT cannot load the router's folder: it forgets task_adapter_names when it reads arrow_config, so that only
+    ``create_arrow_model`` on the task adapters is left. It ignores magnitudes (DoRA) in Arrow; here such an adapter is
+    refused.
 
     Written for mixtures whose prototypes are those that PEFT makes (method power, 15 steps), checked number by number.
     ``create_arrow_model`` on the task folders needs the same top_k, temperature and seed, and adapters at every linear
@@ -89,7 +94,11 @@ class PeftArrowLayout(Layout):
         )
         if options.use_gks and not general:
             raise CheckpointError(f"{path}: gks_adapter_names: use_gks is true, expected at least one name, found none")
-        _refuse_unlike(router, config, experts, general)
+        _refuse_unlike(router, experts, general)
+        if options.rng_seed is None:
+            logger.warning(
+                "%s: no rng_seed: prototypes are the exact singular vectors here; PEFT draws others in every run", path
+            )
         file: TensorFile = JoinedFile(folder.path, {each.label: (f"{each.label}/", each.file) for each in experts})
         values = {**experts_of(experts), "dropout": 0.0, "expert_dropout": "shared"}
         site = {"target": union(experts), "experts": values, "router": options.router()}
@@ -161,7 +170,7 @@ def _adapter(folder: Folder, router: Folder, key: str, name: str) -> Expert:
     return read_expert(there[1], there[0])
 
 
-def _refuse_unlike(router: Folder, config: PeftConfig, experts: Sequence[Expert], general: Sequence[Expert]) -> None:
+def _refuse_unlike(router: Folder, experts: Sequence[Expert], general: Sequence[Expert]) -> None:
     """Refuse adapters that PEFT could not stack, and a router that was made for others.
 
     Raises:
