@@ -17,7 +17,7 @@ from .by_module import ByModule, Places, columns, cut_modules, modules_of, rows
 from .folder import Folder
 from .layout import LAYOUTS, Architecture, Content, Layout, refuse
 from .moram import against_growing, scaled
-from .peft_files import refuse_unwritable
+from .peft_files import UNKNOWN, refuse_unwritable
 from .pickled import PickleFile
 from .reading import parse
 from .tensor_file import SelectedFile
@@ -121,7 +121,7 @@ class MoRAMXTAILLayout(Layout):
         site = {"target": groups[0], "experts": experts, "router": router}
         stored = MoRAMXTAILStored(
             folder=folder.path,
-            backbone=BackboneConfig(name="unknown", quantization=None),
+            backbone=BackboneConfig(name=UNKNOWN, quantization=None),
             architecture=Architecture(),
             mixture=parse(MixtureConfig, {"sites": [site]}, file.path),
             file=SelectedFile(file, lambda key: not key.endswith(".gate")),

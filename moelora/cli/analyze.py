@@ -9,10 +9,16 @@ import typer
 
 from .common import (
     Backbone,
+    CacheDir,
     Checkpoint,
+    LocalFilesOnly,
     Overrides,
     Quantization,
     RecipeOption,
+    Revision,
+    Subfolder,
+    Token,
+    hub_options,
     load_model,
     load_questions,
     read_questions,
@@ -28,14 +34,20 @@ def analyze(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions read together.")] = 16,
     backbone: Backbone = None,
     quantization: Quantization = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Write the routing report of a checkpoint: expert load by layer and task, entropy, dead experts.
 
     Example: `moelora analyze runs/quickstart --out report`
     """
-    questions = read_questions(path, recipe, overrides)
+    questions = read_questions(path, recipe, overrides, subfolder)
     examples = load_questions(questions).test
-    model = load_model(path, backbone, quantization)
+    hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
+    model = load_model(path, backbone, quantization, hub)
     from torch.utils.data import DataLoader
 
     from ..analysis import analyze as measure
@@ -44,7 +56,8 @@ def analyze(
 
     tokens = tokenize(examples, model.tokenizer, questions.max_length)
     collate = Collator(model.tokenizer.pad_token_id, with_task_ids=True)
-    folder = out or (Path(path) if Path(path).is_dir() else Path("routing"))
+    beside = Path(path) / (subfolder or "")
+    folder = out or (beside if beside.is_dir() else Path("routing"))
     stats = measure(
         model,
         DataLoader(tokens, batch_size=batch_size, collate_fn=collate),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Closed, DataConfig, apply_overrides, load_recipe, read_mapping
+from ..config import BackboneConfig, Closed, DataConfig, apply_overrides, load_recipe, read_mapping
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,11 +20,31 @@ if TYPE_CHECKING:
     from ..mixture import MoELoRAModel
 
 RECIPE_FILE = "recipe.yaml"
+HUB = "Checkpoints on the hub"
 
 Checkpoint = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder or a hub id.")]
 Backbone = Annotated[
     str | None,
-    typer.Option(help="Backbone to load it on: a hub id, a folder, a .gguf file, or `auto` for the one that it names."),
+    typer.Option(
+        help="Backbone to load it on: a hub id, a folder, a .gguf file, or `auto` for the one that the checkpoint "
+        "names. Without it a terminal asks before that one is loaded."
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the hub.", rich_help_panel=HUB)
+]
+Subfolder = Annotated[str | None, typer.Option(help="Folder of the checkpoint below PATH.", rich_help_panel=HUB)]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Token for private and gated repositories. Better set HF_TOKEN, or run `hf auth login`: other users see "
+        "the words of a command.",
+        rich_help_panel=HUB,
+    ),
+]
+CacheDir = Annotated[Path | None, typer.Option(help="Where what is fetched from the hub is kept.", rich_help_panel=HUB)]
+LocalFilesOnly = Annotated[
+    bool, typer.Option("--local-files-only", help="Fetch nothing: take what is here already.", rich_help_panel=HUB)
 ]
 Quantization = Annotated[
     str | None, typer.Option(help="Storage of the backbone: nf4, int8, bf16, fp16 or fp32. By default as in training.")
@@ -72,15 +94,75 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     stdout().print(table)
 
 
-def load_model(path: str, backbone: str | None, quantization: str | None) -> MoELoRAModel:
+def hub_options(
+    revision: str | None, subfolder: str | None, token: str | None, cache_dir: Path | None, local_files_only: bool
+) -> dict[str, Any]:
+    """The options of a verb that takes a checkpoint, as keywords of :func:`moelora.from_pretrained`."""
+    return {
+        "revision": revision,
+        "subfolder": subfolder,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+
+
+def size_text(count: int) -> str:
+    """``1.3 MB``, of a number of bytes."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def load_model(
+    path: str, backbone: str | None, quantization: str | None, hub: Mapping[str, Any] | None = None
+) -> MoELoRAModel:
     """The mixture at ``path`` with its tokenizer, in evaluation mode.
 
-    Raises:
-        UserError: the checkpoint or the backbone cannot be loaded.
-    """
-    from ..mixture import from_pretrained
+    Args:
+        backbone: ``None`` to ask on a terminal. hub: of :func:`hub_options`.
 
-    return from_pretrained(path, backbone=backbone, quantization=quantization)
+    Raises:
+        UserError: the checkpoint or the backbone cannot be loaded, or nobody said that it may be.
+    """
+    from ..checkpoints import read
+    from ..mixture import from_pretrained, put_on
+
+    hub = dict(hub or {})
+    if backbone is None:
+        stored = read(path, **hub)
+        if (own := stored.own_backbone(quantization, None, None)) is not None:
+            model = put_on(own[0], stored)
+            model.tokenizer = own[1]
+            return model
+        backbone = allowed_backbone(path, stored.backbone)
+    return from_pretrained(path, backbone, quantization, **hub)
+
+
+def allowed_backbone(path: str, named: BackboneConfig) -> str:
+    """``auto``, where the user lets the checkpoint at ``path`` choose; for its own part it may choose the default only.
+
+    Raises:
+        ConfigError: the user does not, or there is no terminal to ask at.
+    """
+    from ..backbone import DEFAULT_BACKBONE
+    from ..checkpoints.peft_files import UNKNOWN
+
+    if named.name == UNKNOWN:
+        raise ConfigError(f"{path} does not say which backbone it was trained on: name it with --backbone")
+    if named.name == DEFAULT_BACKBONE:
+        return "auto"
+    what = "the folder" if Path(named.name).expanduser().exists() else "the repository"
+    at = f" at {named.revision}" if named.revision else ""
+    if sys.stdin.isatty() and typer.confirm(
+        f"The checkpoint {path} names {what} {named.name!r}{at} as its backbone. Load it?", err=True
+    ):
+        return "auto"
+    raise ConfigError(
+        f"{path} was trained on {named.name!r}; what a checkpoint names is loaded only when you say so: give "
+        "--backbone auto, or --backbone with another hub id or folder of the same weights"
+    )
 
 
 class Questions(Closed):
@@ -90,13 +172,15 @@ class Questions(Closed):
     max_length: int = 512
 
 
-def read_questions(path: str, recipe: str | None, overrides: list[str] | None) -> Questions:
+def read_questions(
+    path: str, recipe: str | None, overrides: list[str] | None, subfolder: str | None = None
+) -> Questions:
     """The data section that belongs to a checkpoint, or that the user names instead; ``data`` is never ``None``.
 
     Raises:
         ConfigError: there is none, or it does not hold together.
     """
-    beside = Path(path) / RECIPE_FILE
+    beside = Path(path) / (subfolder or "") / RECIPE_FILE
     if recipe is not None:
         values, where = load_recipe(recipe).to_dict(), recipe
     elif beside.is_file():

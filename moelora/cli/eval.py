@@ -9,10 +9,16 @@ import typer
 from .common import (
     AsJson,
     Backbone,
+    CacheDir,
     Checkpoint,
+    LocalFilesOnly,
     Overrides,
     Quantization,
     RecipeOption,
+    Revision,
+    Subfolder,
+    Token,
+    hub_options,
     load_model,
     load_questions,
     print_json,
@@ -36,15 +42,21 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     backbone: Backbone = None,
     quantization: Quantization = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a checkpoint's greedy answers on test data, task by task, with 95 % intervals.
 
     Example: `moelora eval runs/quickstart --baseline data.test_size=100`
     """
-    questions = read_questions(path, recipe, overrides)
+    questions = read_questions(path, recipe, overrides, subfolder)
     examples = load_questions(questions).test
-    model = load_model(path, backbone, quantization)
+    hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
+    model = load_model(path, backbone, quantization, hub)
     reports = {"mixture": _score(model, examples, max_new_tokens, batch_size)}
     if baseline:
         with model.disable_experts():

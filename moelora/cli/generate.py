@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DataError
-from .common import AsJson, Backbone, Checkpoint, Quantization, load_model, print_json
+from .common import (
+    AsJson,
+    Backbone,
+    CacheDir,
+    Checkpoint,
+    LocalFilesOnly,
+    Quantization,
+    Revision,
+    Subfolder,
+    Token,
+    hub_options,
+    load_model,
+    print_json,
+)
 
 
 def generate(
@@ -20,6 +33,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     backbone: Backbone = None,
     quantization: Quantization = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a trained mixture.
@@ -31,7 +49,8 @@ def generate(
     if not prompt.strip():
         raise DataError("the prompt is empty: give it as an argument or on standard input")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    model = load_model(path, backbone, quantization)
+    hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
+    model = load_model(path, backbone, quantization, hub)
     answer = _answer(model, prompt.strip(), system, seed, {"max_new_tokens": max_new_tokens, **sampling})
     if as_json:
         print_json({"prompt": prompt.strip(), "answer": answer})
