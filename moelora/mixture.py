@@ -88,7 +88,8 @@ def from_pretrained(
             only for the backbone that ships with moelora: a file does not get to choose what is downloaded.
         quantization, dtype, device_map: for loading the backbone; by default as in the checkpoint.
         adapter_name: what to call it, where others come beside it (``model.load_adapter``).
-        **hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, as in transformers.
+        **hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, as in transformers; the last
+            three hold for a backbone that is loaded too.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or does not fit the backbone, which is then as it was.
@@ -99,7 +100,8 @@ def from_pretrained(
     stored = checkpoints.read(path, **hub)
     tokenizer = None
     if not isinstance(backbone, PreTrainedModel):
-        backbone, tokenizer = _backbone_of(stored, backbone, quantization, dtype, device_map)
+        places = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+        backbone, tokenizer = _backbone_of(stored, backbone, quantization, dtype, device_map, **places)
     model = put_on(backbone, stored, adapter_name)
     model.tokenizer = tokenizer
     return model
@@ -119,7 +121,7 @@ def put_on(backbone: PreTrainedModel, stored: Stored, adapter_name: str = "defau
 
 
 def _backbone_of(
-    stored: Stored, backbone: str | None, quantization: str | None, dtype: str | None, device_map: Any
+    stored: Stored, backbone: str | None, quantization: str | None, dtype: str | None, device_map: Any, **places: Any
 ) -> tuple[PreTrainedModel, Any]:
     """The backbone that the caller named, or allowed the checkpoint to name, and its tokenizer."""
     from .backbone import DEFAULT_BACKBONE, load_backbone
@@ -140,7 +142,8 @@ def _backbone_of(
         changes["quantization"] = quantization
     if dtype is not None:
         changes["dtype"] = dtype
-    return load_backbone(BackboneConfig.parse({**stored.backbone.to_dict(), **changes}), device_map=device_map)
+    config = BackboneConfig.parse({**stored.backbone.to_dict(), **changes})
+    return load_backbone(config, device_map=device_map, **places)
 
 
 @contextmanager
