@@ -36,6 +36,11 @@ class Update:
     scale: float
     style: str
 
+    @property
+    def sign(self) -> int:
+        """Of the scale: -1, 0 or 1."""
+        return (self.scale > 0) - (self.scale < 0)
+
     @classmethod
     def of(cls, site: SiteConfig, path: str) -> Update:
         """Of the first expert of a site."""
@@ -110,8 +115,9 @@ class WrittenAdapter:
 
     def alphas(self) -> dict[str, float]:
         """lora_alpha of each module."""
-        own = self.style != "mixed"
-        return {name: each.alpha if own else each.scale * each.rank for name, each in self.adapted.items()}
+        if self.style != "mixed":
+            return {name: each.alpha for name, each in self.adapted.items()}
+        return {name: abs(each.scale) * each.rank or float(each.rank) for name, each in self.adapted.items()}
 
     def config(self) -> dict[str, Any]:
         """The contents of ``adapter_config.json``."""
@@ -142,10 +148,13 @@ class WrittenAdapter:
         """The contents of ``adapter_model.safetensors``."""
         given = self.content.tensors
         result: dict[str, Tensor] = {}
-        for module in self.adapted:
+        for module, update in self.adapted.items():
             for ours, tail in _TAILS.items():
-                if (value := given.get(f"{module}.{ours}")) is not None:
-                    result[f"{PEFT_PREFIX}{module}.{tail}"] = value[0] if ours == "magnitude" else value
+                if (value := given.get(f"{module}.{ours}")) is None:
+                    continue
+                if ours == "lora_B" and update.sign < 1:  # lora_alpha is above zero
+                    value = value * update.sign
+                result[f"{PEFT_PREFIX}{module}.{tail}"] = value[0] if ours == "magnitude" else value
         return result | {PEFT_PREFIX + name: given[name] for name in self.saved}
 
     def _targets(self) -> list[str]:

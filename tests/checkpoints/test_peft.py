@@ -198,6 +198,10 @@ MIXTURES: dict[str, list[dict[str, Any]]] = {
     "frozen by rslora": [
         {**LINEARS, "experts": {"kind": "frozen", "num_experts": 1, "r": 3, "alpha": 7, "scaling": "rslora"}}
     ],
+    "frozen by numbers below and at zero": [
+        {"target": "q_proj", "experts": {"kind": "frozen", "num_experts": 1, "r": 3, "scaling": [-2.5]}},
+        {"target": "v_proj", "experts": {"kind": "frozen", "num_experts": 1, "r": 3, "scaling": [0]}},
+    ],
     "frozen by number, nothing at a site": [
         {
             **LINEARS,
