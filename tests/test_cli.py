@@ -16,11 +16,18 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import LlamaForCausalLM
 
+import moelora
 from moelora import Recipe, __version__
 from moelora.cli.app import app, main
-from moelora.errors import TrainingError
+from moelora.cli.common import allowed_backbone
+from moelora.config import BackboneConfig
+from moelora.errors import ConfigError, TrainingError
 from moelora.registry import TRAINERS
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 pytestmark = pytest.mark.smoke
 
@@ -256,7 +263,60 @@ def test_info_describes_the_checkpoint(trained: Path, capsys: pytest.CaptureFixt
     assert found["mixture"]["sites"][0]["experts"]["num_experts"] == 4
     assert found["parameters"] > 0
     assert run("info", str(trained)) == 0
-    assert "layout: native" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert {"layout: native", "damage: none", "sites: 2, mlp x 2 in layers 0-1"} <= set(lines)
+    assert any(line.startswith("backbone: ") and "hidden_size 32" in line for line in lines)
+    assert f"parameters: {found['parameters']:,} (float32)" in lines
+    assert any(line.startswith("  experts: 4 x lora, r 4, alpha 8, scale 2, ") for line in lines)
+    assert any(line.startswith("  router: topk, ") and "top_k 2" in line for line in lines)
+
+
+def test_info_says_what_is_damaged(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "README.md").write_text("changed")
+    assert run("info", str(copy)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("damage: 1")
+    assert lines[at + 1].startswith(f"  {copy / 'README.md'}: expected ")
+
+
+SITES = {
+    "loramoe_tiny/loramoe_n8_noblc": [
+        "layout: loramoe",
+        "backbone: tiny-llama",
+        "damage: unknown, since this layout has no manifest",
+        "sites: 6, gate_proj x 2, down_proj x 2, up_proj x 2 in layers 0-1",
+    ],
+    "moram_trace/round1": [
+        "layout: moram (temperature 0.03, threshold 0.2)",
+        "  experts: 3 x rank1, r 4, alpha [4, 4, 8], scale [1, 1, 2], dropout 0.1, expert_dropout shared, init kaiming",
+    ],
+    "mixlora_tiny/mixlora": ["layout: mixlora (generation 2)", "  router: none, the expert is always on"],
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_info_names_hundreds_of_sites_in_a_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", str(FIXTURES / name)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(SITES[name]) <= set(lines)
+    assert max(map(len, lines)) < 200
+
+
+def test_info_keeps_sites_with_other_ranks_apart(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {"num_experts": 1, "r": 4, "alpha": 8, "rank_pattern": {"layers.1.self_attn.v_proj": 2}}
+    model = moelora.attach(tiny_llama, {"sites": [{"target": ["q_proj", "v_proj"], "experts": experts}]})
+    model.save_pretrained(tmp_path)
+    assert run("info", str(tmp_path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wide, narrow = (lines.index(line) for line in SPLIT)
+    assert lines[wide + 1].startswith("  experts: 1 x lora, r 4, alpha 8, scale 2, ")
+    assert lines[narrow + 1].startswith("  experts: 1 x lora, r 2, alpha 8, scale 4, ")
+
+
+SPLIT = ("sites: 3, q_proj x 2, v_proj x 1 in layers 0-1", "sites: 1, v_proj x 1 in layers 1")
 
 
 def test_generate_answers_and_repeats_itself(
@@ -284,11 +344,118 @@ def test_generate_needs_a_prompt(
     assert "error: the prompt is empty" in capsys.readouterr().err
 
 
+class Terminal(io.StringIO):
+    """Standard input that somebody types into."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_backbone_that_only_the_checkpoint_names_is_not_loaded(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert run("generate", str(trained), "hello") == 2
-    assert "pass backbone=" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert f"{trained} was trained on {str(backbone_folder)!r}" in text and "--backbone auto" in text
+    assert "Load it?" not in text, "nobody is there to answer"
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 2), ("", 2)])
+def test_a_terminal_asks_before_it_loads_the_backbone_that_a_checkpoint_names(
+    answer: str,
+    code: int,
+    trained: Path,
+    backbone_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    assert run("generate", str(trained), "hello", "--max-new-tokens", "2", "--json") == code
+    captured = capsys.readouterr()
+    asked = f"The checkpoint {trained} names the folder {str(backbone_folder)!r} as its backbone. Load it? [y/N]"
+    assert asked in captured.err
+    assert ("--backbone auto" in captured.err) == (code == 2)
+    assert bool(captured.out) == (code == 0), "the answer alone is on standard output"
+
+
+def test_a_repository_is_called_one_and_its_revision_is_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = BackboneConfig(name="owner/model", quantization=None, revision="abc")
+    monkeypatch.setattr("sys.stdin", Terminal("\n"))
+    with pytest.raises(ConfigError, match=r"was trained on 'owner/model'.* give --backbone auto"):
+        allowed_backbone("runs/x", named)
+    assert "names the repository 'owner/model' at abc as its backbone" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_names_no_backbone_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    with pytest.raises(ConfigError, match="does not say which backbone it was trained on: name it with --backbone"):
+        allowed_backbone("runs/x", BackboneConfig(name="unknown"))
+
+
+def test_backbone_auto_is_the_one_that_the_checkpoint_names(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", str(trained), "hello", "--backbone", "auto", "--max-new-tokens", "2") == 0
+    assert "Load it?" not in capsys.readouterr().err
+
+
+TO_HUB = {
+    "info": ["info", "owner/name"],
+    "convert": ["convert", "owner/name", "OUT"],
+    "generate": ["generate", "owner/name", "hello", "--backbone", "auto"],
+    "generate, asking": ["generate", "owner/name", "hello"],
+    "eval": ["eval", "owner/name", "--recipe", "RECIPE"],
+    "analyze": ["analyze", "owner/name", "--recipe", "RECIPE"],
+}
+
+
+@pytest.mark.parametrize("words", TO_HUB.values(), ids=TO_HUB)
+def test_every_verb_with_a_checkpoint_takes_the_options_of_the_hub(
+    words: list[str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.update(options, repo_id=repo_id)
+        raise LocalEntryNotFoundError("nothing here")
+
+    monkeypatch.setattr("moelora.checkpoints.hub.snapshot_download", download)
+    paths = {"OUT": str(tmp_path / "out"), "RECIPE": str(trained / "recipe.yaml")}
+    options = ["--revision", "v1", "--subfolder", "inner", "--token", "hf_secret", "--cache-dir", str(tmp_path)]
+    assert run(*(paths.get(word, word) for word in words), *options, "--local-files-only") == 2
+    given = ("repo_id", "revision", "token", "cache_dir", "local_files_only")
+    assert [asked[name] for name in given] == ["owner/name", "v1", "hf_secret", tmp_path, True]
+    assert all(pattern.startswith("inner/") for pattern in asked["allow_patterns"])
+    captured = capsys.readouterr()
+    assert "owner/name (inner): no such folder here, and from the hub it cannot be had" in captured.err
+    assert "hf_secret" not in captured.out + captured.err
+
+
+def test_the_backbone_is_fetched_with_the_token_of_its_checkpoint(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(config: BackboneConfig, **options: Any) -> Any:
+        asked.update(options, name=config.name, revision=config.revision)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("moelora.backbone.load_backbone", load)
+    words = ["--token", "hf_secret", "--cache-dir", str(tmp_path), "--revision", "v1", "--local-files-only"]
+    assert run("generate", str(trained), "hello", "--backbone", "owner/model", *words) == 2
+    assert asked == {
+        **{"name": "owner/model", "revision": None, "device_map": None},
+        **{"token": "hf_secret", "cache_dir": tmp_path, "local_files_only": True},
+    }
+
+
+def test_a_checkpoint_in_a_subfolder_brings_its_recipe(
+    trained: Path, backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(trained.parent), "--subfolder", trained.name, "--backbone", str(backbone_folder)]
+    assert run(*words, "--max-new-tokens", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["mixture"]["tasks"]
 
 
 def test_eval_scores_the_recipes_test_data(
@@ -347,3 +514,39 @@ def test_convert_there_and_back_keeps_every_tensor(
     assert f"{there}: expected a new or empty folder" in capsys.readouterr().err
     assert run("convert", str(trained), str(tmp_path / "x"), "--to", "mixlorra") == 2
     assert "did you mean 'mixlora'" in capsys.readouterr().err
+
+
+def test_convert_says_what_it_wrote_and_what_is_not_the_same(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {"kind": "lora", "num_experts": 1, "r": 4, "alpha": 8}
+    router = {"kind": "smora", "top_k": 2, "bias_rate": 0.25}
+    model = moelora.attach(tiny_llama, {"sites": [{"target": "q_proj", "experts": experts, "router": router}]})
+    model.save_pretrained(tmp_path / "native")
+    assert run("convert", str(tmp_path / "native"), str(tmp_path / "out"), "--to", "smora") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"wrote {tmp_path / 'out'} (smora): 2 files, ") and lines[0].endswith(" kB")
+    assert [line.partition(":")[0] for line in lines[1:3]] == ["  adapter_config.json", "  adapter_model.safetensors"]
+    assert lines[3] == "not the same in layout smora:"
+    assert "  router.bias_rate: 0.25, now 1e-05 (2 sites)" in lines
+    assert any(line.startswith("  architecture: model_type, hidden_size") for line in lines)
+    assert not any("experts." in line for line in lines)
+    assert run("convert", str(tmp_path / "out"), str(tmp_path / "again"), "--to", "smora", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    size = (tmp_path / "again" / "adapter_model.safetensors").stat().st_size
+    assert found["files"]["adapter_model.safetensors"] == size
+    assert (found["layout"], found["lost"]) == ("smora", [])
+
+
+def test_convert_names_the_layouts_that_can_be_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moelora.checkpoints import LAYOUTS, Layout
+
+    monkeypatch.setattr(LAYOUTS.get("mola"), "write", Layout.write)
+    assert run("convert", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    listed = text.partition("Layout to write: ")[2].partition(".")[0].split(", ")
+    assert listed == [name for name in LAYOUTS if name != "mola"]
+    assert run("convert", str(trained), str(tmp_path / "out"), "--to", "mola") == 2
+    assert "layout 'mola' is read only" in capsys.readouterr().err

@@ -155,14 +155,20 @@ def allowed_backbone(path: str, named: BackboneConfig) -> str:
         return "auto"
     what = "the folder" if Path(named.name).expanduser().exists() else "the repository"
     at = f" at {named.revision}" if named.revision else ""
-    if sys.stdin.isatty() and typer.confirm(
-        f"The checkpoint {path} names {what} {named.name!r}{at} as its backbone. Load it?", err=True
+    if sys.stdin.isatty() and _agrees(
+        f"The checkpoint {path} names {what} {named.name!r}{at} as its backbone. Load it?"
     ):
         return "auto"
     raise ConfigError(
         f"{path} was trained on {named.name!r}; what a checkpoint names is loaded only when you say so: give "
         "--backbone auto, or --backbone with another hub id or folder of the same weights"
     )
+
+
+def _agrees(question: str) -> bool:
+    """Ask on standard error, since results go to standard output; anything but a yes is a no."""
+    stderr().print(f"{question} [y/N] ", end="", markup=False, highlight=False, soft_wrap=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 class Questions(Closed):
