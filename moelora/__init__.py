@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from . import trainers as trainers
     from .backbone import load_backbone as load_backbone
     from .composition.compose import compose as compose
+    from .composition.export import export_experts as export_experts
+    from .composition.export import export_lora as export_lora
+    from .composition.merging import merge_adapters as merge_adapters
     from .config import BackboneConfig as BackboneConfig
     from .config import MixtureConfig as MixtureConfig
     from .config import Recipe as Recipe
@@ -38,9 +41,12 @@ _PUBLIC = {
     "SiteConfig": "config",
     "attach": "mixture",
     "compose": "composition.compose",
+    "export_experts": "composition.export",
+    "export_lora": "composition.export",
     "from_pretrained": "mixture",
     "load_backbone": "backbone",
     "load_recipe": "config",
+    "merge_adapters": "composition.merging",
     "trace": "mixture",
 }
 _ROOMS = ("analysis", "experts", "routers", "trainers")

@@ -129,7 +129,7 @@ def _compare(whole: PeftAdapter, target: Path, script: Path, outtype: OutType) -
             for name, tensor in found.items()
             if name.endswith(".lora_b")
         )
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, LookupError, AttributeError, OSError) as error:
         raise UserError(
             f"{script} wrote {target.name}, which is no GGUF adapter ({error}): use a newer llama.cpp"
         ) from error
