@@ -5,7 +5,7 @@ Shapes: D in, O out, r rank, which may differ from module to module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ def read_adapter(path: str | Path, name: str | None = None, **hub: Any) -> Adapt
 
     Raises:
         CheckpointError: it cannot be read, or is more than one LoRA expert that is always on: it has several experts, a
-            router, magnitudes (DoRA), blocks, or modules that are saved whole.
+            router, magnitudes (DoRA), or modules that are saved whole.
     """
     stored = checkpoints.read(path, **hub)
     reasons = [
-        f"{len(site.target)} sites with {site.experts.num_experts} experts of kind {site.experts.kind}"
-        for site in stored.mixture.sites
+        f"{len(modules)} sites with {site.experts.num_experts} experts of kind {site.experts.kind}"
+        for site, modules in zip(stored.mixture.sites, stored.sites(), strict=True)
         if site.experts.num_experts > 1 or site.router is not None or site.experts.kind not in ("lora", "rslora")
     ]
     if stored.mixture.modules_to_save:
@@ -74,8 +74,22 @@ def read_adapter(path: str | Path, name: str | None = None, **hub: Any) -> Adapt
     declared = stored.declared()
     tensors = stored.tensors(declared)
     factors = {
-        module: Factors(tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"], site.experts.at(module).scales[0])
+        f"{module}{projection.replace('__', '.')}": Factors(
+            tensors[f"{module}{projection}.lora_A"],
+            tensors[f"{module}{projection}.lora_B"],
+            site.experts.at(module).scales[0],
+        )
         for site, modules in zip(stored.mixture.sites, stored.sites(), strict=True)
         for module in modules
+        for projection in _projections(module, declared)
     }
     return Adapter(name or stored.folder.name, factors, stored.backbone, stored.architecture)
+
+
+def _projections(module: str, names: Iterable[str]) -> list[str]:
+    """What stands between a site and its factors: nothing at a linear, ``.up_proj`` and so on in a block.
+
+    A block with one expert that is always on is the same as that expert's factors at the block's linears.
+    """
+    parts = [name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")]
+    return [part.removeprefix(module) for part in parts if part == module or part.startswith(f"{module}.")]

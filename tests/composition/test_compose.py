@@ -16,7 +16,7 @@ from torch import Tensor
 import moelora
 from moelora.composition.adapter import Adapter, Factors
 from moelora.composition.general import subtract_general
-from moelora.errors import ConfigError, UserError
+from moelora.errors import CheckpointError, ConfigError, UserError
 from moelora.registry import ROUTERS
 
 # PEFT 0.21.2 reads what transformers has renamed.
@@ -99,6 +99,36 @@ def test_what_an_adapter_lacks_is_said_once(caplog: pytest.LogCaptureFixture) ->
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert "'rslora_r4_a8' has nothing at 10 of 14 sites (2 x k_proj, 2 x o_proj" in said[0]
+
+
+# -- from files --------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_peft_are_read_and_named_as_they_are() -> None:
+    model = moelora.compose([LORA / name for name in NAMES], "arrow", tiny_backbone())
+    by_reader = moelora.compose(zoo(), "arrow", tiny_backbone())
+    assert model.mixture == by_reader.mixture and model.mixture.sites[0].experts.names == NAMES
+    assert all(torch.equal(v, by_reader.adapter_tensors()[name]) for name, v in model.adapter_tensors().items())
+
+
+@pytest.mark.parametrize("target", ["mlp", ["q_proj", "up_proj"]])
+def test_an_always_on_expert_is_an_adapter_in_a_block_as_at_linears(target: Any, tmp_path: Path) -> None:
+    site = {"target": target, "experts": {"kind": "rslora", "num_experts": 1, "r": 3, "alpha": 4}}
+    alone = moelora.attach(tiny_backbone(), {"sites": [site]})
+    for value in alone.adapter_tensors().values():
+        value.data.normal_(std=0.3)
+    alone.save_pretrained(tmp_path / "my first.lora")
+    adapters = [tmp_path / "my first.lora", by_hand(LORA / NAMES[0])]
+    model = moelora.compose(adapters, "static", tiny_backbone(), weights=[1.0, 0.0])
+    assert (logits(model) - logits(alone)).abs().max() < 1e-5
+    assert (logits(tiny_backbone()) - logits(alone)).abs().max() > 1e-2
+    assert model.mixture.sites[0].experts.names == ["my first.lora", NAMES[0]]
+
+
+def test_a_mixture_is_no_adapter(tmp_path: Path) -> None:
+    moelora.compose(zoo()[:2], "arrow", tiny_backbone()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected plain LoRA.*found 4 sites with 2 experts of kind frozen"):
+        moelora.compose([LORA / NAMES[0], tmp_path], "arrow", tiny_backbone())
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------
