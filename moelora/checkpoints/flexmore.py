@@ -23,7 +23,8 @@ from .layout import LAYOUTS, Architecture, Content, Layout
 from .peft_files import UNKNOWN, refuse_unwritable
 from .reading import parse
 from .tensor_file import Header, SelectedFile, TensorFile
-from .whole_model import CONFIG, WHOLE_MODEL_FILES, WithModel, write_tensors
+from .whole_model import CONFIG, WHOLE_MODEL_FILES, WithModel
+from .xlora_writing import write_tensors
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _KEY = re.compile(
@@ -168,7 +169,7 @@ class FlexMoRELayout(Layout):
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         places = _places(site.experts.ranks)
-        write_tensors(folder / MODEL_FILES[0], cut_modules(content, "", lambda _: places))
+        write_tensors(folder / MODEL_FILES[0], cut_modules(content, "", lambda _: places), folder / CONFIG)
 
 
 class _FullAsLowRank(TensorFile):

@@ -22,7 +22,8 @@ from .peft_config import PeftConfig, read_config
 from .peft_files import against_linears, common_keys, refuse_unwritable
 from .reading import parse
 from .tensor_file import SelectedFile
-from .whole_model import WHOLE_MODEL_FILES, WithModel, config_in, write_tensors
+from .whole_model import WHOLE_MODEL_FILES, WithModel, config_in
+from .xlora_writing import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,9 @@ class MeteoRALayout(Layout):
         }
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         places = _places(site.experts.num_experts, site.experts.ranks[0])
-        write_tensors(folder / MODEL_FILES[0], cut_modules(content, PEFT_PREFIX, lambda _: places))
+        write_tensors(
+            folder / MODEL_FILES[0], cut_modules(content, PEFT_PREFIX, lambda _: places), folder / ADAPTER_CONFIG
+        )
 
 
 def _of_adapter(key: str) -> bool:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .. import files
 from ..backbone import check_causal, explained, load_tokenizer, loading_arguments, settle
 from ..config import BackboneConfig
 from ..errors import CheckpointError
@@ -156,22 +152,6 @@ def config_in(folder: Folder) -> PreTrainedConfig | None:
     with explained(str(folder.path)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=False)
     return config
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that others may read.
-
-    Raises:
-        OSError: writing failed.
-    """
-    values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    try:
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(values, path, metadata={"format": "pt"})
-        path.chmod(mode)  # safetensors makes a file for its owner only
-    except SafetensorError as error:
-        raise files.os_error(error, path) from error
 
 
 def _build(

@@ -62,7 +62,9 @@ def write(folder: Path, state: dict[str, Tensor], **config: Any) -> Path:
     return folder
 
 
-def reference(model: LlamaForCausalLM, state: dict[str, Tensor], top_k: int, T: float, ids: Tensor) -> Tensor:
+def reference(
+    model: LlamaForCausalLM, state: dict[str, Tensor], top_k: int, T: float, scale: float, ids: Tensor
+) -> Tensor:
     """Logits by the formula of the paper, expert after expert, without anything of moelora."""
 
     def adapted(name: str, base: Tensor) -> Any:
@@ -75,7 +77,7 @@ def reference(model: LlamaForCausalLM, state: dict[str, Tensor], top_k: int, T: 
             for expert in range(EXPERTS):
                 part = slice(expert * RANK, (expert + 1) * RANK)
                 weight = (weights * (experts == expert)).sum(-1, keepdim=True)
-                out = out + weight * ALPHA / RANK * (x @ A[part].T @ B[:, part].T)
+                out = out + weight * scale * (x @ A[part].T @ B[:, part].T)
             return out
 
         return forward
@@ -98,7 +100,9 @@ def ids() -> Tensor:
     return torch.randint(3, 64, (2, 9))
 
 
-@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 1.0), (2, 20.0), (3, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "temperature", "rslora"), [(1, 1.0, False), (2, 1.0, False), (2, 20.0, False), (3, 1.0, True)]
+)
 def test_logits_are_those_of_the_published_formula(
     tmp_path: Path,
     tiny_llama: LlamaForCausalLM,
@@ -106,8 +110,9 @@ def test_logits_are_those_of_the_published_formula(
     ids: Tensor,
     top_k: int,
     temperature: float,
+    rslora: bool,
 ) -> None:
-    folder = write(tmp_path / "run", state, top_k=top_k, temperature=temperature)
+    folder = write(tmp_path / "run", state, top_k=top_k, temperature=temperature, use_rslora=rslora)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=ONE_GATE)
         model = moelora.from_pretrained(folder, tiny_llama)
@@ -117,7 +122,8 @@ def test_logits_are_those_of_the_published_formula(
     assert (experts.kind, experts.num_experts, experts.dropout) == ("frozen", EXPERTS, 0.1)
     assert len(model.containers()) == 14
     model.unload()
-    assert (logits - reference(tiny_llama, state, top_k, temperature, ids)).abs().max() <= 1e-5
+    scale = ALPHA / (RANK**0.5 if rslora else RANK)
+    assert (logits - reference(tiny_llama, state, top_k, temperature, scale, ids)).abs().max() <= 1e-5
 
 
 def test_their_own_layer_gives_their_own_numbers(tmp_path: Path) -> None:
