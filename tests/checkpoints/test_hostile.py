@@ -386,8 +386,8 @@ MIXLORA: dict[str, tuple[Change, list[str]]] = {
     "alpha": (in_config(put("lora_alpha", -8), ADAPTER), [ADAPTER, "lora_alpha", "-8"]),
     "top_k": (in_config(put("top_k", 9), ADAPTER), [ADAPTER, "top_k is 9 but there are 4 experts"]),
     "peft_type": (
-        in_config(put("peft_type", "LORAMOE"), ADAPTER),
-        ["expected a checkpoint in a known layout", "peft_type 'LORAMOE', which is not read"],
+        in_config(put("peft_type", "ADALORA"), ADAPTER),
+        ["expected a checkpoint in a known layout", "peft_type 'ADALORA', which is not read"],
     ),
     "routing_strategy": (
         in_config(put("routing_strategy", "mixlora-magic"), ADAPTER),
