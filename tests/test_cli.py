@@ -280,6 +280,15 @@ def test_info_says_what_is_damaged(trained: Path, tmp_path: Path, capsys: pytest
     assert lines[at + 1].startswith(f"  {copy / 'README.md'}: expected ")
 
 
+def test_info_shows_a_terminal_nothing_that_it_would_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(FIXTURES / "loramoe_tiny" / "loramoe_n8_noblc", tmp_path / "copy")
+    path = copy / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "\x1b[2Jmodel\n[red]"}))
+    assert run("info", str(copy)) == 0
+    assert "backbone: \\x1b[2Jmodel\\n[red]" in capsys.readouterr().out.splitlines()
+
+
 SITES = {
     "loramoe_tiny/loramoe_n8_noblc": [
         "layout: loramoe",
@@ -386,7 +395,7 @@ def test_a_repository_is_called_one_and_its_revision_is_named(
     monkeypatch.setattr("sys.stdin", Terminal("\n"))
     with pytest.raises(ConfigError, match=r"was trained on 'owner/model'.* give --backbone auto"):
         allowed_backbone("runs/x", named)
-    assert "names the repository 'owner/model' at abc as its backbone" in capsys.readouterr().err
+    assert "names the repository 'owner/model' at 'abc' as its backbone" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_names_no_backbone_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +107,13 @@ def hub_options(
     }
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they are, but for what would make a terminal do more than show them: files say what they like."""
+    for line in lines:
+        plain = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+        stdout().print(plain, markup=False, highlight=False, soft_wrap=True)
+
+
 def size_text(count: int) -> str:
     """``1.3 MB``, of a number of bytes."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -154,7 +161,7 @@ def allowed_backbone(path: str, named: BackboneConfig) -> str:
     if named.name == DEFAULT_BACKBONE:
         return "auto"
     what = "the folder" if Path(named.name).expanduser().exists() else "the repository"
-    at = f" at {named.revision}" if named.revision else ""
+    at = f" at {named.revision!r}" if named.revision else ""
     if sys.stdin.isatty() and _agrees(
         f"The checkpoint {path} names {what} {named.name!r}{at} as its backbone. Load it?"
     ):

@@ -16,8 +16,8 @@ from .common import (
     Token,
     hub_options,
     print_json,
+    print_lines,
     size_text,
-    stdout,
 )
 
 
@@ -60,5 +60,4 @@ def convert(
     lines += [f"  {name}: {size_text(size)}" for name, size in done.files.items()]
     if done.lost:
         lines += [f"not the same in layout {done.layout}:", *(f"  {line}" for line in done.lost)]
-    for line in lines:
-        stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+    print_lines(lines)

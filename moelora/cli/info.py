@@ -15,8 +15,8 @@ from .common import (
     Token,
     hub_options,
     print_json,
+    print_lines,
     size_text,
-    stdout,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def info(
     if as_json:
         print_json(found.to_dict())
         return
-    for line in _lines(found):
-        stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+    print_lines(_lines(found))
 
 
 def _lines(found: Description) -> Iterator[str]:
