@@ -23,7 +23,8 @@ class Container(nn.Module):
     """A frozen base layer with a bank of experts and a router in its place in the backbone.
 
     Attributes:
-        base: the layer that was there, untouched. experts: the bank, or the banks by projection.
+        base: the layer that was there, untouched; where several adapters are active, it may be the container of
+            another, and outside the backbone there is none. experts: the bank, or the banks by projection.
         router: ``None`` for a single expert that is always on; may be one that other containers have as well.
         slot: shared by all containers of a mixture; see :class:`~moelora.routing.RoutingSlot`.
         group: index of the site configuration that this container came from; containers of one group share the

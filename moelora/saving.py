@@ -82,7 +82,8 @@ class Saving(Carrying):
                 card=adapter.card if card is None else card,
             )
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, selected_adapters=selected_adapters, **kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -94,6 +95,7 @@ class Saving(Carrying):
         create_pr: bool = False,
         commit_message: str = "Upload mixture",
         card: str | None = None,
+        selected_adapters: Sequence[str] | None = None,
     ) -> Any:
         """Upload the native checkpoint, and the tokenizer if there is one, to a hub repository made for it.
 
@@ -105,7 +107,7 @@ class Saving(Carrying):
         api = HfApi(token=token, library_name="moelora")
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, card=card)
+            self.save_pretrained(folder, card=card, selected_adapters=selected_adapters)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             return api.upload_folder(
@@ -128,6 +130,12 @@ class Saving(Carrying):
         names = {id(value): name for name, value in named}
         given = {key: state_dict[names[id(value)]] for key, value in tensors.items() if id(value) in names}
         return {key: given.get(key, value).detach() for key, value in tensors.items()}
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What transformers calls :meth:`adapter_state`."""
+        return self.adapter_state(state_dict, adapter_name)
 
     def load_adapter_state(
         self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], adapter_name: str | None = None

@@ -36,7 +36,7 @@ class _Recording(AbstractContextManager[None]):
     def __enter__(self) -> None:
         slot = self.frame.slot
         self.frame.outer = slot.frame
-        self.frame.state, self.frame.adapters = slot.state(), slot.adapters
+        self.frame.state = slot.state()
         slot.frame = self.frame
 
     def __exit__(self, *error: object) -> None:

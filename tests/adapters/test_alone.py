@@ -195,6 +195,21 @@ def test_a_recomputation_under_other_adapters_is_refused(two: MoELoRAModel) -> N
         loss.backward()
 
 
+def test_a_layer_copied_for_another_adapter_is_checkpointed_too(two: MoELoRAModel) -> None:
+    two.gradient_checkpointing_enable()
+    two.add_adapter("whole", {"sites": [{**TOPK["sites"][0], "layers": [0]}], "modules_to_save": ["layers.1"]})
+    two.set_adapter("whole")
+    two.train()
+    grads = []
+    for _ in range(2):
+        two.zero_grad()
+        two(IDS, labels=IDS).loss.backward()
+        trained = {name: p for name, p in two.adapter_tensors().items() if p.requires_grad}
+        grads.append({name: p.grad.clone() for name, p in trained.items() if p.grad is not None})
+        two.gradient_checkpointing_disable()
+    assert same(*grads) and len(grads[0]) > 10
+
+
 def test_adapters_cannot_change_while_a_forward_runs(two: MoELoRAModel) -> None:
     layer = two.backbone.model.layers[0]
     for change in (
