@@ -101,9 +101,11 @@ class MoELoRAModel(Saving):
             count = sum(p.numel() for p in {id(p): p for c in members for p in c.adapter_tensors().values()}.values())
             router = site.router.kind if site.router is not None else "always on"
             prefix = members[0].site.prefix if members else ""
+            names = getattr(site.experts, "names", None)
+            named = f" ({', '.join(names)})" if names else ""
             lines.append(
                 f"{prefix}{', '.join(site.target)}: {len(members)} sites, {site.experts.num_experts} x "
-                f"{site.experts.kind} experts, router {router}, {count:,} parameters"
+                f"{site.experts.kind} experts{named}, router {router}, {count:,} parameters"
             )
         for name, module in self.saved_modules().items():
             lines.append(f"{name}: saved whole, {sum(p.numel() for p in module.trained.parameters()):,} parameters")

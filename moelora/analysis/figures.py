@@ -107,13 +107,15 @@ def _load_trace(sites: Sequence[SiteStats], ceiling: float) -> Any:
     ratio = np.full((most, len(sites)), np.nan)
     for column, site in enumerate(sites):
         ratio[: site.num_experts, column] = metrics.utilisation(site.load_E)
-    return _heatmap(ratio, [_label(site) for site in sites], _experts(most), ceiling, "layer %{x}, expert %{y}")
+    rows = _experts(most, {site.experts for site in sites})
+    return _heatmap(ratio, [_label(site) for site in sites], rows, ceiling, "layer %{x}, expert %{y}")
 
 
 def _task_trace(site: SiteStats, names: Sequence[str], ratio: metrics.Array, ceiling: float) -> Any:
     short = [_short(name) for name in names]
     rows = [html.escape(name) for name in (short if len(set(short)) == len(short) else names)]
-    return _heatmap(ratio, _experts(site.num_experts), rows, ceiling, "%{y}, expert %{x}")
+    columns = _experts(site.num_experts, {site.experts})
+    return _heatmap(ratio, columns, rows, ceiling, "%{y}, expert %{x}")
 
 
 def _heatmap(ratio: metrics.Array, x: Sequence[str], y: Sequence[str], ceiling: float, hover: str) -> Any:
@@ -213,7 +215,12 @@ def _scale(ceiling: float) -> list[tuple[float, str]]:
     return [(value / ceiling, colour) for value, colour in (*UNDER, *over)] + [(1.0, last)]
 
 
-def _experts(count: int) -> list[str]:
+def _experts(count: int, names: set[tuple[str, ...]]) -> list[str]:
+    """Their names where all sites have the same, else their numbers."""
+    [*known] = names
+    if len(known) == 1 and known[0]:
+        short = [_short(name) for name in known[0]]
+        return [html.escape(name) for name in (short if len(set(short)) == len(short) else known[0])]
     return [str(expert) for expert in range(count)]
 
 

@@ -86,7 +86,7 @@ def _dead(stats: RoutingStats) -> Finding:
         return Finding("good", f"No dead experts: each of the {total} gets at least {limit} of its layer's tokens.")
     by_site: dict[str, list[str]] = {}
     for site, expert, unused in dead:
-        by_site.setdefault(place(stats, site), []).append(f"{expert} (never chosen)" if unused else str(expert))
+        by_site.setdefault(place(stats, site), []).append(site.label(expert) + " (never chosen)" * unused)
     named = [f"{where}: expert{'s' if len(which) > 1 else ''} {_and(which)}" for where, which in by_site.items()]
     return Finding(
         "warning",
@@ -105,7 +105,9 @@ def _collapsed(stats: RoutingStats) -> list[Finding]:
         ratio = metrics.utilisation(site.load_E)
         uneven = metrics.balance(site.load_E) < UNEVEN_BELOW or ratio.max() > limit
         if 0 < picks < 0.95 * site.num_experts and uneven:
-            bad.append(f"{place(stats, site)} (expert {ratio.argmax()}, {ratio.max():.1f} × a fair share)")
+            bad.append(
+                f"{place(stats, site)} (expert {site.label(int(ratio.argmax()))}, {ratio.max():.1f} × a fair share)"
+            )
     if not bad:
         return []
     return [
@@ -157,8 +159,8 @@ def _tasks(stats: RoutingStats) -> list[Finding]:
             )
         ]
     examples = [
-        f"{item.task} favours expert {item.expert} of {place(stats, item.site)} ({item.own:.1f} × a fair share, "
-        f"the other tasks {item.others:.1f} ×)"
+        f"{item.task} favours expert {item.site.label(item.expert)} of {place(stats, item.site)} ({item.own:.1f} × a "
+        f"fair share, the other tasks {item.others:.1f} ×)"
         for item in specialists(stats, 3)
     ]
     return [

@@ -47,7 +47,7 @@ class RoutingRecorder:
         self._context: RoutingContext | None = None
         self._task_B: Tensor | None = None
         self._adapters: list[str] = []
-        self._names: list[str] = []
+        self._names: dict[str, tuple[str, ...]] = {}
 
     def __enter__(self) -> Self:
         self._listening = self.model.slot.using(listener=self._hear)
@@ -80,7 +80,12 @@ class RoutingRecorder:
                 f"this recorder has counted adapter {', '.join(self._adapters)}, and now {', '.join(active)} decides, "
                 "whose sites may have the same names: make a recorder for each"
             )
-        self._adapters, self._names = active, list(self.model.containers())
+        # What frozen experts are called: no other kind has names.
+        self._names = {
+            name: tuple(getattr(container.config.experts, "names", None) or ())
+            for name, container in self.model.containers().items()
+        }
+        self._adapters = active
 
     def _tasks(self, context: RoutingContext) -> Tensor | None:
         """(B,) row of each sequence's task; ``None`` where the tasks have no names."""
@@ -117,7 +122,7 @@ class RoutingRecorder:
             model=model or self.model.name_or_path or type(self.model.backbone).__name__,
             data=data,
             tasks=tuple(names[row] for row in rows),
-            sites=tuple(self._sites[name].result(rows) for name in order),
+            sites=tuple(self._sites[name].result(rows, self._names[name]) for name in order),
         )
 
 
@@ -167,7 +172,7 @@ class _SiteCounts:
         best = probs_TE.topk(min(2, probs_TE.shape[-1]), dim=-1).values
         self.margin += ((best[:, 0] - best[:, 1:].sum(-1)) * real_T).sum()
 
-    def result(self, rows: list[int]) -> SiteStats:
+    def result(self, rows: list[int], names: tuple[str, ...]) -> SiteStats:
         tokens = max(float(self.tokens_N.sum()), 1.0)
         most = math.log(self.experts) or 1.0
         load = self.load_NE[rows].tolist()
@@ -178,4 +183,5 @@ class _SiteCounts:
             tokens=tuple(int(count) for count in self.tokens_N[rows].tolist()),
             entropy=float(self.entropy) / tokens / most,
             margin=float(self.margin) / tokens,
+            experts=names if len(names) == self.experts else (),
         )

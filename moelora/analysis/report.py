@@ -125,7 +125,10 @@ def _cards(stats: RoutingStats) -> str:
     cards = [
         (f"{100 * effective / total:.0f} %", f"of the {total} experts in effective use"),
         (f"{len(dead_experts(stats))}", "dead experts"),
-        (f"{ratio.max():.1f} ×", f"a fair share for the busiest: expert {ratio.argmax()}, {place(stats, busiest)}"),
+        (
+            f"{ratio.max():.1f} ×",
+            f"a fair share for the busiest: expert {busiest.label(int(ratio.argmax()))}, {place(stats, busiest)}",
+        ),
     ]
     if len(stats.tasks) > 1:
         top = max(stats.sites, key=lambda site: metrics.task_specialisation(site.load_NE))
@@ -191,8 +194,8 @@ def _table(stats: RoutingStats) -> str:
     rows = []
     for site in stats.sites:
         ratio = metrics.utilisation(site.load_E)
-        dead = ", ".join(str(expert) for expert in np.flatnonzero(metrics.dead_experts(site.load_E)))
-        busiest = f"{int(np.nan_to_num(ratio).argmax())} ({float(np.nan_to_num(ratio).max()):.2f} ×)"
+        dead = ", ".join(site.label(int(expert)) for expert in np.flatnonzero(metrics.dead_experts(site.load_E)))
+        busiest = f"{site.label(int(np.nan_to_num(ratio).argmax()))} ({float(np.nan_to_num(ratio).max()):.2f} ×)"
         numbers = (
             f"{sum(site.tokens):,}",
             f"{float(metrics.effective_experts(site.load_E)):.2f} of {site.num_experts}",
@@ -200,8 +203,8 @@ def _table(stats: RoutingStats) -> str:
             f"{float(metrics.variation(site.load_E)):.2f}",
             f"{site.entropy:.3f}",
             f"{site.margin:.3f}",
-            busiest,
-            dead or "–",
+            html.escape(busiest),
+            html.escape(dead) or "–",
         )
         cells = "".join(f"<td>{cell}</td>" for cell in (html.escape(site.name or "site"), *numbers))
         rows.append(f"<tr>{cells}</tr>")

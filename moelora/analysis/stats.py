@@ -34,6 +34,7 @@ class SiteStats(Closed):
         tokens: (N,) real tokens of each task.
         entropy: mean over tokens of the entropy of the router's distribution, divided by log E: 0 certain, 1 uniform.
         margin: mean over tokens of the largest probability minus the second largest.
+        experts: (E,) names of the experts, such as the adapters that they come from; empty where they have none.
     """
 
     name: str
@@ -42,6 +43,11 @@ class SiteStats(Closed):
     tokens: tuple[Count, ...]
     entropy: float
     margin: float
+    experts: tuple[str, ...] = ()
+
+    def label(self, expert: int) -> str:
+        """What to call an expert: its name, or else its number."""
+        return self.experts[expert] if self.experts else str(expert)
 
     @cached_property
     def load_NE(self) -> NDArray[np.float64]:
@@ -93,6 +99,8 @@ class RoutingStats(Closed):
                     f"site {site.name!r} has {len(site.selections)} rows of selections with {sorted(widths)} experts "
                     f"and {len(site.tokens)} token counts, for {len(self.tasks)} tasks"
                 )
+            if len(site.experts) not in (0, site.num_experts):
+                raise ValueError(f"site {site.name!r} has {len(site.experts)} names for {site.num_experts} experts")
         return self
 
     @property
