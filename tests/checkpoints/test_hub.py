@@ -236,14 +236,22 @@ def test_shards_are_looked_at_before_they_are_fetched(whole: Path, hub: FakeHub,
     assert len(sent) == 2 and max(sent) <= 100_001, "the headers of both"
 
 
-def test_adapters_in_folders_of_a_repository_come_with_it(hub: FakeHub, read: Open) -> None:
-    folder = Path(__file__).parents[1] / "fixtures" / "xlora_standalone_tiny_llama"
+@pytest.mark.parametrize("named", [True, False], ids=["named", "found by their folders"])
+def test_adapters_in_folders_of_a_repository_come_with_it(
+    named: bool, hub: FakeHub, read: Open, tmp_path: Path
+) -> None:
+    folder = tmp_path / "xlora"
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "xlora_standalone_tiny_llama", folder)
+    if not named:
+        path = folder / "depth1_layerwise" / "xlora_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "adapters"}))
     hub.repositories["owner/xlora"] = Repository(folder)
     here = checkpoints.read(folder / "depth1_layerwise")
     stored = read("owner/xlora", subfolder="depth1_layerwise")
     found, wanted = (each.tensors(each.declared()) for each in (stored, here))
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert {name.split("/")[2] for name in hub.sent} == {"depth1_layerwise"}, "nothing of the others"
+    assert sum("/revision/" in path for path in hub.asked) == 1, "all of one commit, should main move on meanwhile"
 
 
 def test_a_folder_of_several_names_them(read: Open) -> None:
