@@ -67,7 +67,7 @@ class Detached:
 
     Attributes:
         source: what messages and cards call it. layout: in which it was stored, or ``"memory"``.
-        saved: tensors of the modules that are saved whole.
+        saved: tensors of the modules that are saved whole. has_backbone: its backbone lies in the same files.
     """
 
     source: str
@@ -75,6 +75,7 @@ class Detached:
     content: Content
     sites: list[Site]
     saved: Mapping[str, Tensor]
+    has_backbone: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -100,6 +101,7 @@ def detach(source: MoELoRAModel | str | Path, **hub: Any) -> Detached:
         CheckpointError: the checkpoint cannot be read.
         ConfigError: several adapters are active in the model.
     """
+    inside = False
     if isinstance(source, MoELoRAModel):
         content, name, layout = _content(source), "a model in memory", "memory"
     else:
@@ -109,6 +111,7 @@ def detach(source: MoELoRAModel | str | Path, **hub: Any) -> Detached:
         local = Path(source).expanduser()
         # A card is made to be published: it does not say where on this machine the mixture lies.
         name, layout = local.resolve().name if local.exists() else str(source), stored.layout
+        inside = Path(stored.backbone.name).expanduser().resolve() == stored.folder.resolve()
     by_site: dict[str, dict[str, Tensor]] = {path: {} for paths in content.sites for path in paths}
     saved: dict[str, Tensor] = {}
     for key, value in content.tensors.items():
@@ -121,7 +124,7 @@ def detach(source: MoELoRAModel | str | Path, **hub: Any) -> Detached:
         for group, (config, paths) in enumerate(zip(content.mixture.sites, content.sites, strict=True))
         for site in _group(group, config, list(paths), by_site, content.architecture.hidden_size)
     ]
-    return Detached(name, layout, content, sites, saved)
+    return Detached(name, layout, content, sites, saved, inside)
 
 
 def _content(model: MoELoRAModel) -> Content:

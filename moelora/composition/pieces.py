@@ -114,10 +114,16 @@ def _checked(names: Sequence[str], count: int) -> list[str]:
 def _origin(mixture: Detached) -> str:
     configs = mixture.content.mixture.sites
     kinds = " and ".join(dict.fromkeys(f"{c.experts.num_experts} × {c.experts.kind}" for c in configs))
-    return (
+    said = (
         f"Exported from `{mixture.source}` (layout {mixture.layout}), a mixture of LoRA experts ({kinds}) on the "
         f"frozen backbone `{mixture.content.backbone.name}`."
     )
+    if mixture.has_backbone:
+        said += (
+            " That backbone lies in the mixture's own files, among the experts: before this adapter is loaded, write "
+            "it as a model of its own, `moelora.from_pretrained(mixture).unload().save_pretrained(folder)`."
+        )
+    return said
 
 
 def _about_expert(mixture: Detached, expert: int) -> list[str]:
@@ -207,10 +213,14 @@ def _known(mixture: Detached, context: RoutingContext) -> tuple[dict[str, Tensor
 
 def _why_not(mixture: Detached, inexact: Sequence[Site]) -> str:
     reasons = []
-    if routed := sorted({site.config.router.kind for site in inexact if site.config.router is not None}):
+    by_token = {site.config.router.kind for site in inexact if site.config.router is not None and site.router is None}
+    by_context = {site.router.kind for site in inexact if site.router is not None and not site.is_block}
+    if by_token:
+        reasons.append(f"router {', '.join(map(repr, sorted(by_token)))} weighs experts by the token")
+    if by_context:
         reasons.append(
-            f"router {', '.join(map(repr, routed))} weighs experts by the token, or by a field of the context that was "
-            "not given (task_ids)"
+            f"router {', '.join(map(repr, sorted(by_context)))} has weights that hold for every token only under a "
+            "context that was not given, or with other options (context={'task_ids': ...}; --context task_ids=3)"
         )
     if any(site.is_block for site in inexact):
         reasons.append(

@@ -73,7 +73,7 @@ def test_one_exact_lora_as_json(backbone_folder: Path, tmp_path: Path, capsys: p
     model = mixture(backbone_folder, tmp_path / "mixture", site("q_proj", "lora", task))
     words = ["export", tmp_path / "mixture", "-o", tmp_path / "out", "--what", "lora"]
     assert run(*words) == 2
-    assert "not given (task_ids)" in capsys.readouterr().err
+    assert "--context task_ids=3" in capsys.readouterr().err
     assert run(*words, "--context", "task_ids=3", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     [adapter] = said["adapters"]
