@@ -52,6 +52,18 @@ class PeftStored(ByModule):
         return super().declared() | whole
 
     def parts(self, declared: Mapping[str, Shape]) -> dict[str, list[Part]]:
+        """As everywhere.
+
+        Raises:
+            CheckpointError: the backbone has a tensor that the file does not know.
+        """
+        mine = self.declared()
+        if other := next((name for name in declared if name not in mine), None):
+            raise CheckpointError(
+                f"{self.file.path}: has tensors such as {next(iter(mine))!r}, but on this backbone it would need "
+                f"{other!r}: it was trained on another class of this model, such as AutoModel, or the name of a module "
+                "is the end of another's: load it on that class"
+            )
         whole = {name: [Part(self.prefix + name, declared[name])] for name in self.saved if name in declared}
         return super().parts(declared) | whole
 

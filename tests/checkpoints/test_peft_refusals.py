@@ -169,6 +169,15 @@ def test_numbers_that_are_not_finite_leave_the_backbone_as_it_was(tmp_path: Path
     assert torch.equal(logits(model), logits(backbone()))
 
 
+def test_an_adapter_of_another_class_of_the_model_is_refused_by_the_names_of_its_modules(tmp_path: Path) -> None:
+    folder = peft_saved(backbone().model, tmp_path / "saved", r=2, target_modules=["q_proj"])
+    model = backbone()
+    with pytest.raises(CheckpointError, match=r"has tensors such as 'layers.0.*it would need 'model.layers.0"):
+        moelora.from_pretrained(folder, model)
+    assert torch.equal(logits(model), logits(backbone()))
+    assert len(moelora.from_pretrained(folder, model.model).containers()) == 2
+
+
 def test_resized_embeddings_are_read_once_they_are_named(tmp_path: Path) -> None:
     weight = torch.randn(backbone().model.embed_tokens.weight.shape)
     folder = altered(
