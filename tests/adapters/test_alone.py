@@ -10,7 +10,7 @@ import torch
 from adapters_made import FIRST, IDS, MIXLORA, SECOND, TOPK, base, hooks, logits, randomize, same, values
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import moelora
 from moelora.checkpoints import manifest
@@ -245,6 +245,32 @@ def test_two_adapters_train_one_module_whole(tiny_config: LlamaConfig) -> None:
         model.set_adapter(["one", "two"])
     assert torch.equal(logits(model), one)
     assert logits(model.unload()).equal(bare)
+
+
+def test_a_stack_that_is_copied_for_an_adapter_brings_no_hooks_with_it() -> None:
+    def backbone() -> T5ForConditionalGeneration:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+    def answer(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(IDS, decoder_input_ids=IDS[:, :3], use_cache=False).logits
+        return result
+
+    whole = {"sites": [{"target": "wo", "experts": {"num_experts": 1, "r": 2}}], "modules_to_save": ["encoder"]}
+    with pytest.raises(ConfigError, match="lies inside 'encoder'"):
+        moelora.attach(backbone(), whole)
+    whole["sites"][0]["target"] = "EncDecAttention.q"
+    fresh = moelora.attach(backbone(), whole).eval()
+    model = moelora.attach(backbone(), {"sites": [{**TOPK["sites"][0], "target": "wo"}]}).eval()
+    model.add_adapter("whole", whole)
+    model.set_adapter("whole")
+    assert hooks(model) == hooks(fresh) and torch.equal(answer(model), answer(backbone()))
+    assert sum(isinstance(each, T5ForConditionalGeneration) for each in model.modules()) == 1
+    randomize(model)
+    model.set_adapter("default")
+    assert torch.equal(answer(model), answer(backbone()))
 
 
 def test_unload_gives_the_backbone_back_whatever_else_there_is(two: MoELoRAModel) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_made import IDS, MIXLORA, PEFT, SECOND, TOPK, base, hooks, logits, randomize, same, values
+from adapters_made import FIXTURES, IDS, MIXLORA, PEFT, SECOND, TOPK, base, hooks, logits, randomize, same, values
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -98,6 +99,24 @@ def test_a_scoring_pass_sees_no_other_adapter(value: float) -> None:
             if "lora_B" in name:
                 tensor.zero_()
     assert torch.allclose(logits(model), other, atol=1e-6)
+
+
+def test_adapters_of_different_layouts_have_their_authors_numbers_side_by_side() -> None:
+    root = FIXTURES / "xlora_standalone_tiny_llama"
+    model = moelora.from_pretrained(root / "depth1_layerwise", base(), adapter_name="xlora")
+    model.load_adapter(PEFT / "rslora_r4_a8", "peft")
+    wanted = {"xlora": (root, "depth1_layerwise.logits"), "peft": (PEFT, "logits.rslora_r4_a8")}
+    alone = {}
+    for _ in range(2):
+        for name, (folder, key) in wanted.items():
+            stored = load_file(folder / "io.safetensors")
+            model.set_adapter(name)
+            with torch.no_grad():
+                found = model(stored["input_ids"], attention_mask=stored["attention_mask"]).logits
+            assert (found - stored[key]).abs().max() <= 1e-5
+            alone[name] = weights(model)
+        model.set_adapter(["peft", "xlora"])
+        assert same({name.removeprefix("xlora:"): value for name, value in weights(model).items()}, alone["xlora"])
 
 
 def test_two_scoring_passes_of_the_bare_backbone_are_one() -> None:
