@@ -257,3 +257,16 @@ def test_adapters_in_folders_of_a_repository_come_with_it(
 def test_a_folder_of_several_names_them(read: Open) -> None:
     with pytest.raises(CheckpointError, match=r"found a folder of 1 \(mix\): give one of them \(subfolder\)"):
         read("owner/nested")
+
+
+def test_the_adapters_that_an_arrow_router_names_come_with_it(hub: FakeHub, read: Open, tmp_path: Path) -> None:
+    fixture = Path(__file__).parents[1] / "fixtures" / "peft_arrow_tiny_llama"
+    folder = tmp_path / "arrow"
+    shutil.copytree(fixture / "saved_router", folder)
+    for name in ("task_0", "task_1", "task_2", "task_3", "gen_0"):
+        shutil.copytree(fixture / name, folder / name)
+    hub.repositories["owner/arrow"] = Repository(folder)
+    stored, here = read("owner/arrow"), checkpoints.read(folder)
+    found, wanted = (each.tensors(each.declared()) for each in (stored, here))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {name.split("/")[2] for name in hub.sent} == {"arrow_router", "task_0", "task_1", "task_2", "task_3"}
