@@ -97,8 +97,9 @@ class PeftXLoRALayout(Layout):
         return f"{ADAPTER_CONFIG} has peft_type 'XLORA'"
 
     def further_files(self, folder: Folder) -> tuple[str, ...]:
-        places = _places(folder, _config(folder)).values()
-        return adapter_files(place for each in places for place in each)
+        # Not what PEFT wrote under the experts' numbers: that may be as large as the backbone, and is refused.
+        adapters = _config(folder).ordered().values()
+        return adapter_files(place for i, path in enumerate(adapters) for place in _near(folder, i, path))
 
     def read(self, folder: Folder) -> PeftXLoRAStored:
         config = _config(folder)
@@ -146,13 +147,15 @@ def _config(folder: Folder) -> PeftXLoRAConfig:
     return parse_known(PeftXLoRAConfig, folder.mapping(ADAPTER_CONFIG), folder.path / ADAPTER_CONFIG)
 
 
+def _near(folder: Folder, index: int, path: str) -> list[str]:
+    """Where the adapter of an expert may lie."""
+    return [*told(folder, path), f"adapter_{index + 1}"]
+
+
 def _places(folder: Folder, config: PeftXLoRAConfig) -> dict[str, list[str]]:
     """By the names of the experts, where their adapters may lie; the subfolder that PEFT wrote for one comes last."""
     adapters = config.ordered().items()
-    return {
-        key: [*told(folder, path), f"adapter_{index + 1}", *told(folder, key)]
-        for index, (key, path) in enumerate(adapters)
-    }
+    return {key: [*_near(folder, i, path), *told(folder, key)] for i, (key, path) in enumerate(adapters)}
 
 
 def _experts(folder: Folder, config: PeftXLoRAConfig) -> Iterator[Expert]:
@@ -193,7 +196,11 @@ def _refuse_lost(folder: Folder, config: PeftXLoRAConfig, classifier: TensorFile
     lost = [name for name in linears if f"{name}.weight" not in classifier.headers]
     if not lost or any(key.rpartition(".")[0] not in linears for key in classifier.headers):
         return
-    remedy = "train the classifier again, or save it from memory with an older PEFT"
+    numbers = ", ".join(repr(name.rpartition(".")[2]) for name in lost)
+    remedy = (
+        f"look for {_CLASSIFIER}.weight in the folders {numbers} that it wrote beside this file and copy it here, or "
+        "train the classifier again"
+    )
     elsewhere = {name: file for name in lost if (file := _elsewhere(folder, name.rpartition(".")[2])) is not None}
     if len(elsewhere) == len(lost):
         copies = (

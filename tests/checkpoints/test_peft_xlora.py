@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import moelora
 from moelora import checkpoints
+from moelora.checkpoints.folder import Folder
 from moelora.errors import CheckpointError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -200,8 +202,8 @@ def test_a_save_of_new_peft_is_refused_and_can_be_repaired_as_the_message_says(n
     left = "base_model.internal_xlora_classifier.layers"
     assert f"{left}.weight and .bias of 0/adapter_model.safetensors as {left}.0.weight and .bias" in str(raised.value)
     folder = copy(NEWER / name, tmp_path / "repaired")
-    with pytest.raises(CheckpointError, match="train the classifier again, or save it from memory with an older PEFT"):
-        checkpoints.read(folder)  # without the subfolders there is nothing to repair it with
+    with pytest.raises(CheckpointError, match=r"layers\.weight in the folders '0' .*, or train the classifier again"):
+        checkpoints.read(folder)  # the subfolders are not here
     found = load_file(NEWER / name / "0" / "adapter_model.safetensors")
     whole = {f"{left}.0.{which}": found[f"{left}.{which}"] for which in ("weight", "bias")}
     save_file({**load_file(folder / "adapter_model.safetensors"), **whole}, folder / "adapter_model.safetensors")
@@ -263,6 +265,15 @@ def test_adapters_that_were_trained_are_not_taken_from_where_they_were_before(tm
     edit(folder, adapters={"0": "math", "1": "../bio", "2": "code"})
     with pytest.raises(CheckpointError, match=r"PEFT saves none of them whole, and .* holds adapters\.1 as it was"):
         checkpoints.read(folder)
+
+
+def test_only_adapters_are_fetched_of_a_repository_not_copies_of_the_backbone(tmp_path: Path) -> None:
+    folder = copy(ROOT / "depth1_layerwise", tmp_path / "checkpoint")
+    edit(folder, adapters={"0": "someone/math", "1": "../../../bio[1]", "2": "/x/code"})
+    patterns = checkpoints.LAYOUTS.create("peft_xlora").further_files(Folder(folder))
+    assert {"math/adapter_config.json", "adapter_2/adapter_model.bin", "bio[[]1]/adapter_config.json"} < set(patterns)
+    assert not any(fnmatch.fnmatch(f"{n}/adapter_model.safetensors", p) for n in "012" for p in patterns)
+    assert not any(pattern.startswith(("..", "/")) for pattern in patterns)
 
 
 def test_what_peft_cannot_load_is_not_written(tmp_path: Path) -> None:
