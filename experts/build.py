@@ -32,7 +32,8 @@ def build(
 ) -> Container:
     """Put experts and a router around ``base``: a linear becomes a linear site, an FFN block a block site.
 
-    The new tensors are float32 on the device of ``base``. ``base`` itself is left as it is: freeze it, or not.
+    The new tensors are float32 on the device of ``base``, on the CPU where that is ``meta``. ``base`` itself is left as
+    it is: freeze it, or not.
 
     Args:
         config: the site; ``target`` and ``layers`` are of no matter here.
@@ -57,7 +58,7 @@ def build(
         width = spec.hidden_size
         site = SiteInfo(name, layer, width, width, experts.ranks, experts.scales, tuple(members), hidden_size)
         container = BlockContainer(base, config, site, slot, group, router, spec)
-    device = device_of(base)
+    device = _device(base)
     container.experts.to(device)
     if container.router is not None:
         container.router.to(device)
@@ -66,6 +67,6 @@ def build(
 
 
 def device_of(base: nn.Module) -> torch.device:
-    """Where a module's parameters are; the CPU where it has none."""
+    """Where a module's parameters are; the CPU where it has none, or none that hold numbers (``meta``)."""
     tensor: Tensor | None = next(base.parameters(), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
