@@ -191,37 +191,42 @@ class Stored(ABC):
         parts = self.parts(declared)
         problems, _ = inspect(self.file, [part for each in parts.values() for part in each])
         if problems:
-            problems += [line for each in parts.values() for line in self._not_finite(each)]
+            headers = self.file.headers
+            keys = [part.key for each in parts.values() for part in each if part.key in headers]
+            numbers = (self.file.read([key]) for key in keys if headers[key].dtype in DTYPES)
+            problems += [line for values in numbers for line in _not_finite(values)]
         refuse(self.file.path, problems, self.backbone.name)
+
+        def read(name: str) -> Tensor:
+            values = self.file.read([part.key for part in parts[name]])
+            problems.extend(_not_finite(values))
+            return _assemble(declared[name], parts[name], values)
+
         for name, shape in declared.items():
-            if parts[name]:
-                problems += self._not_finite(parts[name])
-                yield name, self._assemble(shape, parts[name])
-            else:
-                yield name, self.derive(name, shape, lambda other: self._assemble(declared[other], parts[other]))
-        refuse(self.file.path, problems, self.backbone.name)
+            yield name, read(name) if parts[name] else self.derive(name, shape, read)
+        refuse(self.file.path, list(dict.fromkeys(problems)), self.backbone.name)
 
-    def _not_finite(self, parts: Sequence[Part]) -> list[str]:
-        """A line for each tensor of the file with NaN or infinite numbers."""
-        found = []
-        for part in parts:
-            header = self.file.headers.get(part.key)
-            if header is None or header.dtype not in DTYPES:
-                continue
-            if count := not_finite(self.file.load([part.key])[part.key]):
-                found.append(f"not finite: {part.key}: expected finite numbers, found {count} NaN or infinite")
-        return found
 
-    def _assemble(self, shape: Shape, parts: Sequence[Part]) -> Tensor:
-        values = self.file.load([part.key for part in parts])
-        if len(parts) == 1 and not parts[0].where:
-            return values[parts[0].key]
-        dtypes = [values[part.key].dtype for part in parts]
-        # Zero where no part is: an adapter that has nothing there adds nothing.
-        result = torch.zeros(shape, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
-        for part in parts:
-            result[part.where] = values[part.key]
-        return result
+def _not_finite(values: Mapping[str, Tensor]) -> list[str]:
+    """A line for each tensor of a file with NaN or infinite numbers."""
+    counts = {key: not_finite(value) for key, value in values.items()}
+    return [
+        f"not finite: {key}: expected finite numbers, found {count} NaN or infinite"
+        for key, count in counts.items()
+        if count
+    ]
+
+
+def _assemble(shape: Shape, parts: Sequence[Part], values: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the mixture from the parts that a file has of it."""
+    if len(parts) == 1 and not parts[0].where:
+        return values[parts[0].key]
+    dtypes = [value.dtype for value in values.values()]
+    # Zero where no part is: an adapter that has nothing there adds nothing.
+    result = torch.zeros(shape, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
+    for part in parts:
+        result[part.where] = values[part.key]
+    return result
 
 
 class Layout(ABC):

@@ -8,6 +8,7 @@ of tensors needs are allowed, and every tensor's extent is compared with the byt
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import warnings
@@ -25,6 +26,7 @@ from ..errors import CheckpointError
 from .tensor_file import Header, TensorFile
 
 _MAX_PICKLE_BYTES = 64_000_000
+_MAX_MAPPED_BYTES = 128_000_000
 _SAFE_TORCH = (2, 10)
 _OPCODES = {
     *("PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE"),
@@ -52,6 +54,11 @@ class _Extent:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor; with a stride of 0 a few bytes of storage stand for any number of them."""
+        return math.prod(self.shape)
 
     @property
     def end(self) -> int:
@@ -104,6 +111,12 @@ class _Describer(pickle.Unpickler):
         return _Storage(kind, str(key), numel)
 
 
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that was put in its place, or was written over."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class PickleFile(TensorFile):
     """A ``torch.save`` file that holds a flat dict of tensors, or dicts in dicts.
 
@@ -123,7 +136,9 @@ class PickleFile(TensorFile):
         self.plain: dict[str, int | str | None] = {}
         self._depth = depth
         self._values: Any = None
+        self._copied = 0
         try:
+            self._identity = _identity(path)
             extents = self._describe()
         except CheckpointError:
             raise
@@ -160,12 +175,22 @@ class PickleFile(TensorFile):
             found[key] = value.detach()
         return found
 
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of these tensors; what has been mapped is let go from time to time, and mapped again when needed."""
+        found = {key: value.clone() for key, value in self.load(keys).items()}
+        self._copied += sum(value.nbytes for value in found.values())
+        if self._copied > _MAX_MAPPED_BYTES:
+            self._values, self._copied = None, 0
+        return found
+
     def _read(self) -> Any:
         if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
             raise CheckpointError(
                 f"{self.path}: .bin files are read with torch 2.10 or newer only, found {torch.__version__}: upgrade "
                 "torch, or convert the checkpoint elsewhere with 'moelora convert'"
             )
+        if self._identity != _identity(self.path):
+            raise CheckpointError(f"{self.path}: was replaced while it was being read; load the checkpoint again")
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, OSError) as error:
@@ -197,7 +222,7 @@ class PickleFile(TensorFile):
         for key, extent in extents.items():
             member = members.get(f"{root}data/{extent.storage.key}")
             size = extent.storage.numel * extent.storage.kind.itemsize
-            if member is None or member.file_size != size or extent.end > extent.storage.numel:
+            if member is None or member.file_size != size or max(extent.end, extent.numel) > extent.storage.numel:
                 raise self._refuse(f"a tensor {key!r} of shape {extent.shape} without the bytes for it")
         return extents
 

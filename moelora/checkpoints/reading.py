@@ -98,6 +98,7 @@ class SafetensorsFile(TensorFile):
         self.path = path
         try:
             self._file = cast(Any, safe_open(path, framework="pt", device="cpu"))
+            self._reader = cast(Any, safe_open(path, framework="pt", device="cpu", backend="pread"))
             self.headers = {}
             for key in self._file.keys():  # noqa: SIM118 - not a mapping
                 view = self._file.get_slice(key)
@@ -111,6 +112,9 @@ class SafetensorsFile(TensorFile):
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         return {key: self._file.get_tensor(key) for key in keys}
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        return {key: self._reader.get_tensor(key) for key in keys}
 
 
 def open_tensors(path: Path) -> TensorFile:

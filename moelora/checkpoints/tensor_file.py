@@ -28,7 +28,11 @@ class TensorFile(ABC):
 
     @abstractmethod
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Read these tensors, on the CPU."""
+        """These tensors, on the CPU; they may be views of the file in memory, which are read where they are used."""
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """As :meth:`load`, but into memory of their own: when they are gone, nothing of the file stays in memory."""
+        return self.load(keys)
 
 
 class JoinedFile(TensorFile):
@@ -60,11 +64,12 @@ class JoinedFile(TensorFile):
         return self._sources[key][0] if key in self._sources else None
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        found = {}
-        for key in keys:
-            _, file, inner = self._sources[key]
-            found[key] = file.load([inner])[inner]
-        return found
+        sources = {key: self._sources[key] for key in keys}
+        return {key: file.load([inner])[inner] for key, (_, file, inner) in sources.items()}
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        sources = {key: self._sources[key] for key in keys}
+        return {key: file.read([inner])[inner] for key, (_, file, inner) in sources.items()}
 
 
 class SelectedFile(TensorFile):
@@ -87,6 +92,9 @@ class SelectedFile(TensorFile):
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         return self._file.load(keys)
 
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        return self._file.read(keys)
+
 
 class RenamedFile(TensorFile):
     """Tensors of a file under other names.
@@ -102,3 +110,6 @@ class RenamedFile(TensorFile):
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         return {key: self._file.load([self._names[key]])[self._names[key]] for key in keys}
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        return {key: self._file.read([self._names[key]])[self._names[key]] for key in keys}

@@ -97,6 +97,11 @@ GATE = "base_model.model.model.layers.1.mlp.gate_proj"
         (with_tensor(f"{GATE}.weight", torch.ones(56, 32)), {}, f"unexpected: {GATE}.weight"),
         (with_tensor(f"{GATE}.lora_A00.weight", torch.ones(4, 32)), {}, f"unexpected: {GATE}.lora_A00.weight"),
         (with_tensor(f"{GATE}.lora_B3.weight", torch.full((56, 4), torch.inf)), {}, "found 224 NaN or infinite"),
+        (
+            with_tensor(f"{GATE}.lora_A0.weight", torch.zeros(1).expand(2**31, 2**31)),
+            {},
+            "without the bytes for it",
+        ),
         (None, {"blc_alpha": 1.5}, "blc_alpha"),
         (None, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         (None, {"enable_lora": [True, False, True]}, "enable_lora"),
