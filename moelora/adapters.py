@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from .config import MixtureConfig
 from .errors import ConfigError
 from .experts import BlockContainer, Container, LinearContainer, SavedModule
-from .experts.build import device_of
 from .parts import Part, build_parts
 from .slot import RoutingSlot
 
@@ -205,11 +204,7 @@ class Adapters:
 
 
 def _put_on(part: Part, base: nn.Module) -> None:
-    # What was done to the backbone alone meanwhile, such as model.backbone.cuda(), is done to the part now.
-    part.train(base.training)
-    device = device_of(base)
-    if device.type != "meta":  # of an offloaded layer, whose weights come only when it runs
-        part.to(device)
+    part.train(base.training)  # before it has the base, whose own parts keep their modes
     part.base = base
 
 

@@ -55,11 +55,12 @@ class Carrying(Surface):
         Raises:
             ConfigError: several do; see :attr:`active_adapters`.
         """
-        return self._adapters.sole().name
+        return self._sole().name
 
     @property
     def mixture(self) -> MixtureConfig:
         """The configuration of the active adapter; of several, their sites one after the other."""
+        self.refuse_unloaded()
         configs = [adapter.mixture for adapter in self._adapters.active]
         if len(configs) == 1:
             return configs[0]
@@ -70,16 +71,16 @@ class Carrying(Surface):
 
     @mixture.setter
     def mixture(self, value: MixtureConfig) -> None:
-        self._adapters.sole().mixture = value
+        self._sole().mixture = value
 
     @property
     def card(self) -> str | None:
         """Text of the README.md where ``save_pretrained`` is given none, such as that of a composition."""
-        return self._adapters.sole().card
+        return self._sole().card
 
     @card.setter
     def card(self, value: str | None) -> None:
-        self._adapters.sole().card = value
+        self._sole().card = value
 
     def containers(self) -> dict[str, Container]:
         """Every container of the active adapters by the name of its site, in the order of the backbone's modules.
@@ -212,6 +213,10 @@ class Carrying(Surface):
             )
 
     # -- how -----------------------------------------------------------------------------------------------------
+
+    def _sole(self) -> Adapter:
+        self.refuse_unloaded()
+        return self._adapters.sole()
 
     def _refuse_unchangeable(self) -> None:
         self.refuse_unloaded()

@@ -150,5 +150,5 @@ class Saving(Carrying):
             KeyError: a tensor is missing or unknown.
             ConfigError: an unknown name, or several adapters are active and none is named.
         """
-        adapter = self._adapters.sole() if adapter_name is None else self._adapters.get(adapter_name)
+        adapter = self._sole() if adapter_name is None else self._adapters.get(adapter_name)
         adapter.fill(tensors.items() if isinstance(tensors, Mapping) else tensors)

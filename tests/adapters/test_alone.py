@@ -284,6 +284,8 @@ def test_unload_gives_the_backbone_back_whatever_else_there_is(two: MoELoRAModel
         lambda: two.add_adapter("third", TOPK),
         lambda: two.load_adapter(SECOND, "third"),
         lambda: two.delete_adapter("chat"),
+        lambda: two.active_adapter,
+        lambda: two.mixture,
     ):
         with pytest.raises(ConfigError, match="was unloaded"):
             call()
