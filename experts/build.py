@@ -58,7 +58,7 @@ def build(
         width = spec.hidden_size
         site = SiteInfo(name, layer, width, width, experts.ranks, experts.scales, tuple(members), hidden_size)
         container = BlockContainer(base, config, site, slot, group, router, spec)
-    device = _device(base)
+    device = device_of(base)
     container.experts.to(device)
     if container.router is not None:
         container.router.to(device)
