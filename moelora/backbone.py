@@ -256,11 +256,7 @@ def _need_bitsandbytes(quantization: str | None) -> None:
 
 
 def load_tokenizer(name: str, source: str, places: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad.
-
-    Raises:
-        UserError: it has neither a padding nor an end token.
-    """
+    """A tokenizer that can pad; a UserError where it has neither a padding nor an end token."""
     loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **places)
     if loaded.pad_token_id is None:
         if loaded.eos_token_id is None:
