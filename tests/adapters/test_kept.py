@@ -6,11 +6,12 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapters_made import IDS, MIXLORA, base, hooks, logits, randomize, same, values
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import moelora
 from moelora.analysis import RoutingRecorder
@@ -80,6 +81,16 @@ def test_a_state_dict_of_the_model_holds_the_active_adapter_alone(two: MoELoRAMo
     assert same(two.adapter_state(doubled, "math"), values(two, "math"))
 
 
+class Switch(TrainerCallback):
+    """Changes the adapter after a step."""
+
+    def __init__(self, model: MoELoRAModel, name: str) -> None:
+        self.model, self.name = model, name
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.model.set_adapter(self.name)
+
+
 def test_a_trainer_trains_the_adapter_that_it_was_made_for(two: MoELoRAModel, tmp_path: Path) -> None:
     from moelora.trainers import MixtureTrainer
 
@@ -101,6 +112,12 @@ def test_a_trainer_trains_the_adapter_that_it_was_made_for(two: MoELoRAModel, tm
     two.set_adapter("chat")
     with pytest.raises(ConfigError, match="made for adapter 'math', but 'chat' is active"):
         made.train()
+    two.set_adapter("math")
+    made = trainer("again")
+    made.add_callback(Switch(two, "chat"))
+    with pytest.raises(ConfigError, match="made for adapter 'math', but 'chat' is active"):
+        made.train()
+    assert not list((tmp_path / "again").glob("checkpoint-*"))
     two.set_adapter(["chat", "math"])
     with pytest.raises(ConfigError, match="'chat', 'math' are active, and a run trains and saves one"):
         trainer("both").train()
