@@ -194,12 +194,12 @@ class Stored(ABC):
             headers = self.file.headers
             keys = [part.key for each in parts.values() for part in each if part.key in headers]
             numbers = (self.file.read([key]) for key in keys if headers[key].dtype in DTYPES)
-            problems += [line for values in numbers for line in _not_finite(values)]
+            problems += [line for values in numbers for line in _not_finite(self.file, values)]
         refuse(self.file.path, problems, self.backbone.name)
 
         def read(name: str) -> Tensor:
             values = self.file.read([part.key for part in parts[name]])
-            problems.extend(_not_finite(values))
+            problems.extend(_not_finite(self.file, values))
             return _assemble(declared[name], parts[name], values)
 
         for name, shape in declared.items():
@@ -207,11 +207,11 @@ class Stored(ABC):
         refuse(self.file.path, list(dict.fromkeys(problems)), self.backbone.name)
 
 
-def _not_finite(values: Mapping[str, Tensor]) -> list[str]:
+def _not_finite(file: TensorFile, values: Mapping[str, Tensor]) -> list[str]:
     """A line for each tensor of a file with NaN or infinite numbers."""
     counts = {key: not_finite(value) for key, value in values.items()}
     return [
-        f"not finite: {key}: expected finite numbers, found {count} NaN or infinite"
+        f"not finite: {file.named(key)}: expected finite numbers, found {count} NaN or infinite"
         for key, count in counts.items()
         if count
     ]
@@ -279,17 +279,20 @@ def inspect(file: TensorFile, parts: Iterable[Part]) -> tuple[list[str], list[st
     for key, shape in expected.items():
         header = file.headers.get(key)
         if header is None:
-            problems.append(f"missing: {key}: expected {shape if 0 not in shape else 'a tensor'}, found nothing")
+            problems.append(
+                f"missing: {file.named(key)}: expected {shape if 0 not in shape else 'a tensor'}, found nothing"
+            )
         elif header.shape != shape:
-            problems.append(f"misshapen: {key}: expected {shape}, found {header.shape}")
+            problems.append(f"misshapen: {file.named(key)}: expected {shape}, found {header.shape}")
         elif header.dtype not in DTYPES:
-            problems.append(f"wrong dtype: {key}: expected {', '.join(DTYPES)}, found {header.dtype}")
+            problems.append(f"wrong dtype: {file.named(key)}: expected {', '.join(DTYPES)}, found {header.dtype}")
         else:
             sound.append(key)
     for key, header in file.headers.items():
         if key not in expected:
             problems.append(
-                f"unexpected: {key}: expected only tensors of the adapter, found {header.dtype} {header.shape}"
+                f"unexpected: {file.named(key)}: expected only tensors of the adapter, found {header.dtype} "
+                f"{header.shape}"
             )
     return problems, sound
 

@@ -13,7 +13,7 @@ from ..config import MixtureConfig, SiteConfig
 from ..errors import CheckpointError
 from .layout import Content
 from .moe_peft_config import ATTENTION, DORA, FFN, TASK_TYPES, Lora, LoraOptions, experts_of, saved_modules, task_of
-from .reading import load_mapping, parse
+from .reading import load_mapping, parse, parse_known
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +61,12 @@ class AdapterConfig(LoraOptions):
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """The file, checked; keys that MixLoRA does not have are named in a warning.
+    """The file, checked.
 
     Raises:
-        CheckpointError: a key is missing or has a value that means nothing, or something that cannot be represented.
+        CheckpointError: a key is missing, unknown, or has a value that means nothing or cannot be represented.
     """
-    values = load_mapping(path)
-    unknown = [key for key in values if key not in AdapterConfig.model_fields]
-    if unknown:
-        logger.warning("%s: keys that MixLoRA does not have are ignored: %s", path, ", ".join(unknown))
-    config = parse(AdapterConfig, {key: value for key, value in values.items() if key not in unknown}, path)
+    config = parse_known(AdapterConfig, load_mapping(path), path)
     allowed = {
         "peft_type": ("MIXLORA",),
         "bias": ("none",),

@@ -34,6 +34,10 @@ class TensorFile(ABC):
         """As :meth:`load`, but into memory of their own: when they are gone, nothing of the file stays in memory."""
         return self.load(keys)
 
+    def named(self, key: str) -> str:
+        """A tensor as messages call it: by its key, and by its file where ``path`` does not tell that."""
+        return key
+
 
 class JoinedFile(TensorFile):
     """Several files seen as one.
@@ -63,6 +67,13 @@ class JoinedFile(TensorFile):
         """The name of the file that holds a tensor."""
         return self._sources[key][0] if key in self._sources else None
 
+    def named(self, key: str) -> str:
+        if key not in self._sources:
+            return key
+        _, file, inner = self._sources[key]
+        inside = file.path.relative_to(self.path) if file.path.is_relative_to(self.path) else Path(file.path.name)
+        return f"{file.named(inner)} (in {inside.as_posix()})"
+
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         sources = {key: self._sources[key] for key in keys}
         return {key: file.load([inner])[inner] for key, (_, file, inner) in sources.items()}
@@ -89,6 +100,9 @@ class SelectedFile(TensorFile):
         self.others = {key: header for key, header in file.headers.items() if key not in self.headers}
         self._file = file
 
+    def named(self, key: str) -> str:
+        return self._file.named(key)
+
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         return self._file.load(keys)
 
@@ -107,6 +121,9 @@ class RenamedFile(TensorFile):
         self.path = file.path
         self.headers = {new: file.headers[old] for new, old in names.items()}
         self._file, self._names = file, names
+
+    def named(self, key: str) -> str:
+        return self._file.named(self._names.get(key, key))
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         return {key: self._file.load([self._names[key]])[self._names[key]] for key in keys}

@@ -183,7 +183,8 @@ class XLoRAStored(Stored):
         if header is not None and header.shape[:1] != (wanted,):
             linears = f" for each of the {len(self.order)} linears that they adapt"
             raise CheckpointError(
-                f"{self.file.path}: {key}: expected {wanted} rows, one for each of the {len(self.experts)} adapters"
+                f"{self.file.path}: {self.file.named(key)}: expected {wanted} rows, one for each of the "
+                f"{len(self.experts)} adapters"
                 f"{linears if self.options.layerwise_scalings else ''}, found the shape {header.shape}: these are not "
                 "the adapters that the classifier was trained with, or the configuration was edited; give it those"
             )
