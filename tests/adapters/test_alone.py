@@ -197,7 +197,7 @@ def test_a_recomputation_under_other_adapters_is_refused(two: MoELoRAModel) -> N
 
 def test_a_layer_copied_for_another_adapter_is_checkpointed_too(two: MoELoRAModel) -> None:
     two.gradient_checkpointing_enable()
-    two.add_adapter("whole", {"sites": [{**TOPK["sites"][0], "layers": [0]}], "modules_to_save": ["layers.1"]})
+    two.add_adapter("whole", {"sites": [{**TOPK["sites"][0], "layers": [1]}], "modules_to_save": ["layers.0"]})
     two.set_adapter("whole")
     two.train()
     grads = []
