@@ -55,9 +55,12 @@ class Lego(Method):
         k = min(self.k or largest_rank(terms), max(len(units), 1))
         if not len(units):  # all updates are zero
             units = units.new_zeros(1, units.shape[1])
+        # In the space that the units span, which has the same distances and far fewer dimensions.
+        basis, coordinates = torch.linalg.qr(units.T)
+        units = coordinates.T.contiguous()
         generator = torch.Generator().manual_seed(self.seed)
         found = min((cluster(units, k, generator, self.steps) for _ in range(self.restarts)), key=lambda c: c.spread)
-        centroids = _reweighted(units, found)
+        centroids = _reweighted(units, found) @ basis.T
         return Factors(centroids[:, :width], centroids[:, width:].T, 1.0)
 
 

@@ -3,7 +3,8 @@
 Each comes in two forms, as in PEFT's ``add_weighted_adapter`` (0.21.2). By itself the method is applied to the A of all
 adapters and to their B, with the weights ``sqrt(w s)``: all must have one rank, and every A meets every B, so the
 result is not what the method would make of the updates. With ``_svd`` behind it is applied to the updates themselves,
-one matrix of the size of a weight for each adapter, and the result is cut to ``rank``.
+one matrix of the size of a weight for each adapter, and the result is cut to ``rank``: that takes the singular value
+decomposition of a whole matrix, minutes for each module of a large model.
 
 An adapter that has nothing at a module takes no part there.
 """
@@ -131,7 +132,7 @@ class _OnUpdates(_Pruned, Method):
 
     def merge(self, terms: Sequence[Term]) -> Factors:
         updates = [term.factors.scale * (term.factors.B.float() @ term.factors.A.float()) for term in terms]
-        mixed = self.mix(updates, torch.tensor([term.weight for term in terms])).double()
+        mixed = self.mix(updates, torch.tensor([term.weight for term in terms]))
         U, S, Vh = torch.linalg.svd(mixed, full_matrices=False)
         return Spectrum(U, S, Vh).largest(self.rank or largest_rank(terms))
 
