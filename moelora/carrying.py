@@ -32,10 +32,6 @@ class Carrying(Surface):
     _passes: Passes
     _unloaded: bool
 
-    def _take_over_checkpointing(self) -> None:
-        """Let a recomputation replay the routing."""
-        raise NotImplementedError
-
     # -- what there is -------------------------------------------------------------------------------------------
 
     @property
@@ -241,13 +237,7 @@ class Carrying(Surface):
         self._passes.remove()
         self._adapters.take_out()
         self._adapters.put_in(adapters)
-        self._surround()
-
-    def _surround(self) -> None:
-        """Put what surrounds a forward around the backbone as it is now."""
         self._passes = Passes(self.backbone, self.slot, self.containers())
-        if self.backbone.is_activation_checkpointing:
-            self._take_over_checkpointing()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of any module; adapters that are not active are moved and cast as well."""

@@ -19,6 +19,7 @@ from .adapters import Adapter, Adapters
 from .errors import ConfigError
 from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
+from .passes import Passes
 from .routers.base import Router
 from .routing import RoutingContext
 from .saving import Saving
@@ -63,7 +64,9 @@ class MoELoRAModel(Saving):
         self._adapters = Adapters(backbone, slot)
         self._adapters.known[adapter.name] = adapter
         self._adapters.put_in([adapter])
-        self._surround()
+        self._passes = Passes(backbone, slot, self.containers())
+        if backbone.is_activation_checkpointing:
+            self._take_over_checkpointing()
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
