@@ -83,6 +83,12 @@ def test_ranks_scales_and_names_are_in_one_site_configuration() -> None:
     assert special.ranks == (4, 4, 4, 2, 2) and special.scales == (2, 2, 4, 2, 8)
 
 
+def test_the_model_is_in_evaluation_mode_whatever_the_backbone_was_in() -> None:
+    model = moelora.compose(zoo(), "arrow", tiny_backbone().train(), experts={"dropout": 0.5})
+    assert not any(module.training for module in model.modules())
+    assert model.mixture.sites[0].experts.dropout == 0.5
+
+
 def test_a_module_that_only_some_layers_have_is_a_site_there_only() -> None:
     adapters = [random_lora("a", 1, {"q_proj": 2}), random_lora("b", 2, {"q_proj": 3, "v_proj": 1})]
     first = {m: f for m, f in adapters[1].factors.items() if "layers.0" in m or "q_proj" in m}
@@ -91,6 +97,14 @@ def test_a_module_that_only_some_layers_have_is_a_site_there_only() -> None:
     assert sorted(model.containers()) == sorted(
         ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     )
+
+
+def test_factors_of_rank_0_are_none() -> None:
+    empty = Factors(torch.zeros(0, 32), torch.zeros(16, 0), 1.0)
+    v = "model.layers.0.self_attn.v_proj"
+    pair = [random_lora("a", 1, {"q_proj": 2}), random_lora("b", 2, {"q_proj": 3})]
+    with_empty = [Adapter(a.name, {**a.factors, v: empty}, *_said(a)) for a in pair]
+    assert list(moelora.compose(with_empty, "arrow", tiny_backbone()).containers()) == list(pair[0].factors)
 
 
 def test_what_an_adapter_lacks_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

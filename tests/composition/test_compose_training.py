@@ -48,7 +48,22 @@ def test_the_adapters_know_their_own_task(skilled: list[Path], skill_backbone: P
         assert loss(model, task, task_ids=1 - index) > 1
 
 
-@pytest.mark.parametrize("router", ["meteora", "phatgoose", "static", "task", "topk", "xlora"])
+TRAINABLE = [
+    "adamole",
+    "lora_mixer",
+    "meteora",
+    "mola",
+    "phatgoose",
+    "static",
+    "switch",
+    "task",
+    "topk",
+    "topp",
+    "xlora",
+]
+
+
+@pytest.mark.parametrize("router", TRAINABLE)
 def test_the_router_alone_is_trained(router: str, skilled: list[Path], skill_backbone: Path) -> None:
     model = composed(skilled, skill_backbone, router)
     before = state(model)

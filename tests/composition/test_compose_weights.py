@@ -121,6 +121,8 @@ def test_what_was_found_is_saved_and_can_be_given(skilled: list[Path], skill_bac
         expected = model(ids).logits
         assert torch.equal(again(ids).logits, expected) and torch.equal(given(ids).logits, expected)
     assert given.mixture == again.mixture == model.mixture
+    [site] = model.mixture.sites
+    assert all(c.router.config == c.config.router == site.router for c in model.containers().values())
     merged = model.merge_and_unload()
     with torch.no_grad():
         assert (merged(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
