@@ -32,8 +32,9 @@ from torch import Tensor
 
 import moelora
 from moelora import checkpoints
-from moelora.checkpoints.peft_patterns import parse_pattern
+from moelora.checkpoints.peft_patterns import parse_pattern, site_patterns
 from moelora.errors import CheckpointError
+from moelora.experts.lora import LoRAConfig
 
 # PEFT asks transformers by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -300,6 +301,15 @@ def test_an_expression_from_a_file_is_never_run(tmp_path: Path) -> None:
         ROOT / "plain_r4_a8", tmp_path / "evil", alpha_pattern={evil: 8}, rank_pattern={evil: 3}, target_modules=evil
     )
     assert close(logits(moelora.from_pretrained(folder, backbone())), IO["logits.plain_r4_a8"])
+
+
+def test_a_path_that_is_the_end_of_another_has_its_own_values() -> None:
+    values = {"layers.0.q": 2, "decoder.layers.0.q": 4, "x.decoder.layers.0.q": 2, "layers.1.q": 4, "y.layers.1.q": 3}
+    for default in (2, 3, 4):
+        pattern = site_patterns(values, default)
+        config = LoRAConfig.parse({"num_experts": 1, "r": default, "rank_pattern": pattern})
+        assert {path: config.at(path).r for path in values} == values
+    assert site_patterns({"a": 2, "b": 3}, 2) == {"b": 3}
 
 
 # -- detection -------------------------------------------------------------------------------------------------------
