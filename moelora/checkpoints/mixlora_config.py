@@ -223,6 +223,8 @@ def _expert_reasons(site: SiteConfig) -> list[str]:
         reasons.append(f"it has experts of the kinds lora and rslora, found {site.experts.kind}")
     elif len(set(site.experts.ranks)) > 1 or len(set(site.experts.alphas)) > 1:
         reasons.append("its experts all have the same r and alpha, found several")
+    if site.experts.rank_pattern or site.experts.alpha_pattern:
+        reasons.append("it has no r and no alpha for single layers, found rank_pattern or alpha_pattern")
     return reasons
 
 

@@ -339,6 +339,11 @@ def _site(**changes: Any) -> dict[str, Any]:
             "has an expert_capacity, found none",
         ),
         ([{"target": "mlp", "experts": {"num_experts": 1, "r": 2}}], "FFN blocks have a router, found none"),
+        ([_site(experts={"r": 2, "rank_pattern": {"0.mlp": 3}})], "no r and no alpha for single layers"),
+        (
+            [_site(), {"target": "q_proj", "experts": {"num_experts": 1, "r": 2, "alpha_pattern": {"q_proj": 7}}}],
+            "no r and no alpha for single layers",
+        ),
         (
             [
                 _site(),
