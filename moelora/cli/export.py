@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from ..composition.divergence import Batch
     from ..composition.gguf import OutType
     from ..composition.pieces import Progress
+    from ..data import Example, Splits
     from ..model import MoELoRAModel
+    from .common import Questions
 
 # What each option is for; given with anything else it would do nothing.
 _FOR_EXPERTS = ("--names",)
@@ -43,24 +46,43 @@ _FOR_GGUF = ("--each", "--llama-cpp", "--base", "--outtype")
 
 
 @dataclass(frozen=True)
-class _Text:
-    """Where text comes from, and how much of it is used; ``words`` is that of a file."""
+class _Words:
+    """The text of a file."""
 
-    words: str | None
-    data: bool
-    recipe: str | None
-    overrides: list[str]
-    subfolder: str | None
+    text: str
     tokens: int
     length: int
 
-    @property
-    def wanted(self) -> bool:
-        return self.words is not None or self.of_recipe
+    def batches(self, tokenizer: Any, by_task: bool) -> tuple[list[Batch], list[Batch]]:
+        from ..composition.divergence import split_text
 
-    @property
-    def of_recipe(self) -> bool:
-        return self.data or self.recipe is not None or bool(self.overrides)
+        return split_text(tokenizer, self.text, self.length, self.tokens)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Questions and answers of a recipe."""
+
+    splits: Splits
+    tokens: int
+    max_length: int
+
+    def batches(self, tokenizer: Any, by_task: bool) -> tuple[list[Batch], list[Batch]]:
+        train, test = (self._some(each, tokenizer, by_task) if each else [] for each in self.splits[:2])
+        return train, test
+
+    def _some(self, examples: list[Example], tokenizer: Any, by_task: bool) -> list[Batch]:
+        """Eight at a time, until there is half of the tokens."""
+        from ..data import Collator, tokenize
+
+        rows, count = [], 0
+        for row in tokenize(examples, tokenizer, self.max_length).rows:
+            if count and count + len(row["input_ids"]) > self.tokens // 2:
+                break
+            count += len(row["input_ids"])
+            rows.append(row)
+        collate = Collator(tokenizer.pad_token_id, with_task_ids=by_task)
+        return [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]
 
 
 def export(
@@ -138,17 +160,21 @@ def export(
             "--outtype": outtype,
         },
     )
+    from ..composition.writing import refuse_taken
+
+    # Before a model is loaded for nothing.
+    refuse_taken(output)
     hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
     options: dict[str, Any] = {**hub, **(_gguf(llama_cpp, base, outtype or "f16") if what == "gguf" else {})}
     if of_experts:
         done = _experts(path, output, {**options, "names": None if names is None else names.split(",")})
     else:
-        words = None if text is None else _read(text)
-        source = _Text(words, data, recipe, overrides or [], subfolder, tokens, length)
-        _refuse_early(output, source)
-        needs_model = approximate or source.wanted or backbone is not None
-        model = load_model(path, backbone, quantization, hub) if needs_model else None
         options |= {"rank": rank, "approximate": approximate, "context": _context(context or [])}
+        from_recipe = data or recipe is not None or bool(overrides)
+        read = partial(read_questions, path, recipe, overrides, subfolder) if from_recipe else None
+        source = _source(text, read, tokens, length)
+        needs_model = approximate or source is not None or backbone is not None
+        model = load_model(path, backbone, quantization, hub) if needs_model else None
         done = _lora(path, output, model, source, options)
     if as_json:
         print_json(done.to_dict())
@@ -167,13 +193,25 @@ def _refuse_idle(of_experts: bool, as_gguf: bool, given: Mapping[str, Any]) -> N
                 raise ConfigError(f"{name} {reason}, or leave it out")
 
 
-def _refuse_early(output: Path, source: _Text) -> None:
-    """Raise before a model is loaded for nothing."""
-    from ..composition.writing import refuse_taken
+def _source(
+    text: Path | None, read: Callable[[], Questions] | None, tokens: int, length: int
+) -> _Words | _Examples | None:
+    """Where batches come from, read before a model is.
 
-    refuse_taken(output)
-    if source.words is not None and source.of_recipe:
+    Args:
+        read: gives the data section of a recipe, where data is wanted.
+    """
+    if text is not None and read is not None:
         raise ConfigError("--text and --data are both given: take one of the two")
+    if text is not None:
+        return _Words(_read(text), tokens, length)
+    if read is None:
+        return None
+    from ..data import load_examples
+
+    questions = read()
+    assert questions.data is not None
+    return _Examples(load_examples(questions.data), tokens, questions.max_length)
 
 
 def _context(words: list[str]) -> dict[str, Any]:
@@ -202,19 +240,17 @@ def _experts(path: str, output: Path, options: Mapping[str, Any]) -> Any:
 
 
 def _lora(
-    path: str,
-    output: Path,
-    model: MoELoRAModel | None,
-    source: _Text,
-    options: dict[str, Any],
+    path: str, output: Path, model: MoELoRAModel | None, source: _Words | _Examples | None, options: dict[str, Any]
 ) -> Any:
     from rich.progress import Progress as Bars
 
     from ..composition import export_lora
 
-    if model is not None and source.wanted:
+    if model is not None and source is not None:
+        if model.tokenizer is None:
+            raise DataError(f"{path}: its backbone has no tokenizer to read text with: name one with --backbone")
         by_task = "task_ids" not in options["context"]
-        options["batches"], options["held_out"] = _batches(path, model, source, by_task)
+        options["batches"], options["held_out"] = source.batches(model.tokenizer, by_task)
     with Bars(console=stderr(), transient=True) as bars:
         return export_lora(model or path, output, progress=_teller(bars), **options)
 
@@ -230,42 +266,8 @@ def _teller(bars: Any) -> Progress:
     return tell
 
 
-def _batches(path: str, model: MoELoRAModel, source: _Text, by_task: bool) -> tuple[list[Batch], list[Batch]]:
-    """Batches to take mean weights over, and others to measure on."""
-    if model.tokenizer is None:
-        raise DataError(f"{path}: its backbone has no tokenizer, so text means nothing to it: name one with --backbone")
-    if source.words is not None:
-        from ..composition.divergence import split_text
-
-        return split_text(model.tokenizer, source.words, source.length, source.tokens)
-    from ..data import load_examples
-
-    questions = read_questions(path, source.recipe, source.overrides, source.subfolder)
-    assert questions.data is not None
-    splits = load_examples(questions.data)
-    train, test = (
-        _collated(examples, model.tokenizer, questions.max_length, source.tokens // 2, by_task) if examples else []
-        for examples in (splits.train, splits.test)
-    )
-    return train, test
-
-
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--text {file}: cannot be read as text ({error}): give a file in UTF-8") from None
-
-
-def _collated(examples: list[Any], tokenizer: Any, max_length: int, most: int, by_task: bool) -> list[Batch]:
-    """Questions with their answers, eight at a time, until there are ``most`` tokens."""
-    from ..data import Collator, tokenize
-
-    rows, count = [], 0
-    for row in tokenize(examples, tokenizer, max_length).rows:
-        if count and count + len(row["input_ids"]) > most:
-            break
-        count += len(row["input_ids"])
-        rows.append(row)
-    collate = Collator(tokenizer.pad_token_id, with_task_ids=by_task)
-    return [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]

@@ -5,7 +5,7 @@ Shapes: U weights of a router.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,9 +176,7 @@ def lora_of(
         raise ConfigError(_why_not(mixture, inexact))
     if model is not None:
         texts = texts.on(model.device)
-        tell("Weighing experts", 0, 1)
-        weights, _ = site_weights(model, approximate, list(texts.batches), fields)
-        tell("Weighing experts", 1, 1)
+        weights, _ = site_weights(model, approximate, _Told(texts.batches, tell), fields)
     elif missing := [site for site in inexact if site.path not in weights]:
         raise ConfigError(
             f"site {missing[0].path!r} routes by the token: its mean weights need the model itself and text; give a "
@@ -191,6 +189,20 @@ def lora_of(
     if model is not None and (texts.batches or texts.held_out):
         piece = replace(piece, divergence=_measured(piece, model, texts, fields, tell))
     return replace(piece, says=[_origin(mixture), *_about_lora(mixture, piece, inexact, context)])
+
+
+class _Told(list[Batch]):
+    """Batches that tell how many of them were taken."""
+
+    def __init__(self, batches: Sequence[Batch], tell: Progress) -> None:
+        super().__init__(batches)
+        self._tell = tell
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(super().__iter__()):
+            self._tell("Weighing experts", index, len(self))
+            yield batch
+        self._tell("Weighing experts", len(self), len(self))
 
 
 def _fields(context: Mapping[str, Any]) -> dict[str, Any]:
