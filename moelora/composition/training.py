@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from ..config import card_names, card_recipe
 from ..data import Collator, Splits, TokenizedSet, task_names, tokenize
@@ -94,7 +93,6 @@ def train_router(
     parameters = _trainable(model, router)
     train, test = _tokens(model, examples, expert_names(site), router, max_length)
     before = experts_digest(model)
-    set_seed(seed)
     with TemporaryDirectory() as temporary:
         run = SFTTrainer(
             model,

@@ -116,6 +116,7 @@ def test_the_card_names_the_adapters_and_how_to_make_it_again(
     assert python is not None and command is not None
     space: dict[str, Any] = {"moelora": moelora}
     exec(python[1], space)
+    assert "--general" in command[1] and "--subtract" not in command[1], "what is as by default is not said"
     again = tmp_path / "again"
     rerun = shlex.split(command[1].replace(str(out), str(again)))
     assert rerun[:2] == ["moelora", "compose"] and run(*rerun[1:]) == 0
@@ -142,6 +143,8 @@ def test_gates_are_trained_on_a_mixed_set(
     assert found["training"]["steps"] == 20 and found["training"]["tasks"] == NAMES
     assert found["training"]["parameters"] == found["trainable_parameters"] > 0
     model = load(out, skill_backbone)
+    listed = {path.name for path in out.iterdir()}
+    assert listed == {"README.md", "manifest.json", "moelora.safetensors", "moelora_config.json"}
     for part in ("## Training", "max_steps: 20", "learning_rate: 0.03"):
         assert part in (out / "README.md").read_text()
     torch.manual_seed(0)
@@ -160,6 +163,16 @@ def test_learned_weights_are_those_of_cat_trained_as_its_card_says(
     assert found["router"]["kind"] == "static" and found["router"]["weights"] == "learned"
     # The card of CAT says one epoch in batches of 10; one of the 14 examples is held out.
     assert found["training"]["steps"] == 2 and found["training"]["examples"] == 13
+
+
+def test_the_router_task_has_a_place_for_every_task_of_the_data(
+    skilled: list[Path], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with table.open("a") as file:
+        file.write(json.dumps({"prompt": "figs 1", "answer": "fff", "skill": "figs"}) + "\n")
+    words = [*skilled, "--backbone", "auto", "-o", tmp_path / "out", "--router", "task", "--data", table, "--steps", 1]
+    found = as_json(capsys, *words, "--task-column", "skill", *ARGS)
+    assert found["router"]["num_tasks"] == 3 and found["training"]["tasks"] == [*NAMES, "figs"]
 
 
 def test_checkpoints_are_kept_where_they_are_asked_for(

@@ -161,6 +161,7 @@ def test_task_ids_are_the_adapters_first_and_others_are_none_of_them(
     with caplog.at_level(logging.WARNING, "moelora"):
         result = train_router(model, Splits(examples("apples", "pears", "figs"), [], 0), args, max_length=64)
     assert result.tasks == ["pears", "figs", "apples"]
+    assert "eval_task_loss" not in result.metrics and not model.training, "also without test examples"
     assert torch.cat(seen).tolist() == [-1, 0, 1, -1, 0, 1, -1, 0]
     assert "no adapter is named as the tasks ['apples']" in caplog.text
 
