@@ -38,7 +38,8 @@ def site_weights(
         approximate, batches: as in :func:`moelora.merging.merge`. fields: as of :func:`context_fields`.
 
     Raises:
-        ConfigError: a site has no such weights and ``approximate`` is not set, or there are no batches for its mean.
+        ConfigError: a site has no such weights and ``approximate`` is not set, there are no batches for its mean, or
+            run-time factors stand beside a router that mixes factors.
     """
     containers = model.containers()
     context = replace(model.slot.context, **fields)
@@ -100,6 +101,11 @@ def _with_factors(container: Container, weights: Tensor) -> Tensor:
     """(U,) weights on the CPU, times the run-time factors of single experts."""
     each = torch.tensor([container.factors.get(expert, 1.0) for expert in range(container.site.num_experts)])
     weights = weights.float().cpu()
+    if container.router is not None and container.router.mix == "factors" and bool((each != 1).any()):
+        raise ConfigError(
+            f"site {container.site.name!r}: its router mixes factors, where expert_scale multiplies B alone and no "
+            "weights of experts say that: leave the block of expert_scale first, or set mix to 'outputs'"
+        )
     return weights * (each if len(weights) == len(each) else over_ranks(each, container.site.ranks))
 
 

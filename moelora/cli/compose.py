@@ -99,7 +99,7 @@ def compose(
         "command": _command(context),
     }
     training = {"max_steps": steps, "learning_rate": learning_rate}
-    if any(training.values()):
+    if any(value is not None for value in training.values()):
         start["trainer"] = {"args": {name: value for name, value in training.items() if value is not None}}
     if data is not None:
         start["data"] = {"kind": "dataset", "path": data, "columns": {"task": task_column}}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -32,8 +32,10 @@ def subtract_general(
             PEFT does, which is another update; it needs adapters of one rank and the same modules.
 
     Raises:
-        ConfigError: no general adapter, shapes that differ, or what ``peft_factors`` needs is not so.
+        ConfigError: no such method, no general adapter, shapes that differ, or what ``peft_factors`` needs is not so.
     """
+    if method not in get_args(Method):
+        raise ConfigError(f"subtract is {method!r}: expected one of {', '.join(get_args(Method))}")
     return [
         replace(adapter, factors={module: _without(adapter, module, general, method) for module in adapter.factors})
         for adapter in adapters

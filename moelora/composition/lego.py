@@ -65,10 +65,10 @@ class Lego(Method):
 
 
 def _units(term: Term) -> Tensor:
-    """(n, D + O) float64: the units of one adapter, those without length left out; a negative weight is in B."""
+    """(n, D + O) float64: the units of one adapter without those that have no length; a negative weight is in B."""
     found = spectrum(term.factors)
     smallest = found.S[0] * torch.finfo(torch.float64).eps * max(found.Vh.shape[1], found.U.shape[0])
-    there = (smallest < found.S).nonzero().flatten()
+    there = (smallest < found.S).nonzero().flatten() if term.weight else found.S.new_empty(0, dtype=torch.int64)
     root = (found.S[there] * abs(term.weight)).sqrt().unsqueeze(1)
     a, b = root * found.Vh[there], root * found.U.T[there]
     turn = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()

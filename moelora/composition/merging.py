@@ -12,6 +12,7 @@ Shapes: D in, O out, r rank.
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -156,6 +157,8 @@ def _checked(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ConfigError(f"there are {len(weights)} weights for {len(adapters)} adapters: give one for each")
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(f"weights are {weights}: expected finite numbers")
     first = adapters[0]
     for other in adapters[1:]:
         if differences := first.architecture.differences(other.architecture):

@@ -76,6 +76,11 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
 
 def _mix(settings: Settings, progress: Progress | None) -> dict[str, Any]:
     router = _router(settings)
+    if settings.trainer and (settings.data is None or settings.search is not None):
+        raise ConfigError(
+            f"trainer is {settings.trainer}, but nothing is trained: name examples with --data and leave out "
+            "--search, or leave out --steps, --learning-rate and other options of the trainer"
+        )
     splits = None if settings.data is None else examples.load_examples(settings.data)
     if splits is not None and "num_tasks" in ROUTERS.get(router["kind"]).Config.model_fields:
         names = settings.names or [name_of(adapter) for adapter in settings.adapters]

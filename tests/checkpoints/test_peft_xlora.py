@@ -296,7 +296,10 @@ def test_a_classifier_of_other_adapters_is_refused(tmp_path: Path) -> None:
     ):
         checkpoints.read(folder)
     edit(folder, adapters={"0": "math", "1": "bio", "2": "code"}, hidden_size=31)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.weight: expected \(18, 31\), found \(18, 32\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layers\.0\.weight \(in adapter_model\.safetensors\): expected \(18, 31\), found \(18, 32\)",
+    ):
         checkpoints.read(folder)
 
 

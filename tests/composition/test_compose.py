@@ -283,6 +283,8 @@ def test_the_two_ways_to_subtract_differ_and_peft_needs_equal_ranks() -> None:
     wide = Adapter("w", {m: Factors(f.A[:, 1:], f.B, 1.0) for m, f in general[0].factors.items()}, *_said(general[0]))
     with pytest.raises(ConfigError, match="general adapter 'w' reads 63 features and writes 32, adapter 'task_0' 64"):
         subtract_general(tasks, [wide])
+    with pytest.raises(ConfigError, match="subtract is 'Exact': expected one of exact, peft_factors"):
+        subtract_general(tasks, general, "Exact")  # type: ignore[arg-type]
 
 
 def _said(adapter: Adapter) -> tuple[Any, Any]:

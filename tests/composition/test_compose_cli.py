@@ -283,6 +283,8 @@ def test_the_seed_decides_how_a_router_starts(
         (["LORA", "OTHER", "-o", "OUT", "--weights", "1", "--backbone", "auto"], "lists 1 weights for 2 experts"),
         (["LORA", "OTHER", "-o", "OUT", "--weights", "1,1", "--router", "arrow"], "router 'static', not 'arrow'"),
         (["LORA", "OTHER", "-o", "OUT", "--search"], "needs a few examples: name them with --data"),
+        (["LORA", "OTHER", "-o", "OUT", "--steps", "5"], "nothing is trained: name examples with --data"),
+        (["LORA", "OTHER", "-o", "OUT", "--learning-rate", "0"], "nothing is trained: name examples with --data"),
         (["LORA", "OTHER", "-o", "OUT", "--router", "arow"], "unknown router 'arow'"),
         (["LORA", "OTHER", "-o", "OUT", "router.topk=1", "--backbone", "auto"], "unknown key 'topk'"),
         (["LORA", "OTHER", "-o", "OUT", "ruoter.top_k=1"], "unknown key 'ruoter'"),

@@ -383,6 +383,18 @@ def test_factors_set_for_single_experts_are_exported(tiny_llama: LlamaForCausalL
     assert (peft_logits(frozen, tmp_path / "out") - expected).abs().max() <= 1e-5
 
 
+def test_factors_of_single_experts_are_refused_where_a_router_mixes_factors(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    model = attached(tiny_llama, site(LINEARS, {"kind": "lora", "r": 4}, {**STATIC, "mix": "factors"}))
+    with model.expert_scale({2: 0.25}):
+        for make in (lambda: export_lora(model, tmp_path / "out"), model.merge_and_unload):
+            with pytest.raises(ConfigError, match="its router mixes factors, where expert_scale multiplies B alone"):
+                make()
+    with model.expert_scale({2: 1.0}):
+        export_lora(model, tmp_path / "out")
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 

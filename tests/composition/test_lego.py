@@ -98,6 +98,13 @@ def test_units_without_length_are_no_units() -> None:
     assert torch.allclose(update(lego([one, adapter_of({"q": nothing})], k=3), "q"), update(one, "q"), atol=1e-5)
 
 
+def test_an_adapter_with_the_weight_0_takes_no_part() -> None:
+    one, other = random_adapter(1, {"q": 3}), random_adapter(2, {"q": 3})
+    assert torch.allclose(update(lego([one, other], [1.0, 0.0], k=3), "q"), update(one, "q"), atol=1e-5)
+    assert torch.equal(lego([one, other], [1.0, 0.0], k=2).factors["q"].A, lego([one], k=2).factors["q"].A)
+    assert update(lego([one, other], [0.0, 0.0]), "q").abs().max() == 0
+
+
 def test_clusters_are_those_that_stand_apart_and_none_is_empty() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = 10 * torch.randn(3, 6, generator=generator, dtype=torch.float64)

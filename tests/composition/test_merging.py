@@ -199,6 +199,13 @@ def test_adapters_of_other_backbones_are_refused() -> None:
         merge_adapters([], "cat")
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_finite_number_is_refused(weight: float) -> None:
+    for call in (lambda given: merge_adapters(pair(), "cat", given), lambda given: distance(pair()[0], pair(), given)):
+        with pytest.raises(ConfigError, match=rf"weights are \[1.0, {weight}\]: expected finite numbers"):
+            call([1.0, weight])
+
+
 def test_a_method_of_peft_without_peft_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft.utils.merge_utils", None)
     with pytest.raises(ConfigError, match=r"pip install moelora\[peft\]"):
