@@ -11,6 +11,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers that tests in several folders share
+
+# These compare with PEFT, an extra: where the package is tested with what it requires alone, they cannot be imported.
+WITH_PEFT = [
+    "checkpoints/test_peft.py",
+    "checkpoints/test_peft_arrow.py",
+    "checkpoints/test_peft_refusals.py",
+    "checkpoints/test_peft_xlora.py",
+    "checkpoints/test_phi4.py",
+    "checkpoints/test_xlora.py",
+    "composition/test_compose.py",
+]
+collect_ignore = [] if importlib.util.find_spec("peft") else WITH_PEFT
 
 
 def pytest_report_header() -> str:

@@ -17,6 +17,8 @@ import moelora
 from moelora import checkpoints
 from moelora.errors import CheckpointError
 
+pytestmark = pytest.mark.smoke
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ROOT = FIXTURES / "hydralora_tiny"
 # Their runs and LoRAMoE's were made on one backbone and one batch.

@@ -11,6 +11,8 @@ from moelora.composition.adapter import Factors
 from moelora.composition.canonical import Term, norm, spectrum, stacked
 from moelora.errors import ConfigError
 
+pytestmark = pytest.mark.smoke
+
 RANKS = {"q": 8, "v": 6}
 
 
