@@ -134,6 +134,7 @@ class MoELoRAModel(Saving):
         modality_mask: Tensor | None = None,
         phase: str | None = None,
         step_load: StepLoad | None = None,
+        aux_scale: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward, with the auxiliary losses added.
@@ -143,12 +144,13 @@ class MoELoRAModel(Saving):
             task_ids, task_types, request_ids: (B,) for routers and recorders that use them.
             modality_mask: (B, S) int64, the modality of each token. phase: for methods that train in stages.
             step_load: totals of the optimizer step that this batch is a part of.
+            aux_scale: factor of all auxiliary losses in ``loss``, for a warm-up of their coefficients.
             **kwargs: anything else that the backbone takes, such as ``num_items_in_batch``.
 
         Returns:
             The backbone's output with ``aux_losses``, a dict of unscaled scalars, and, with labels, ``task_loss`` and
-            ``loss = task_loss + aux_share * sum of coefficient * auxiliary loss``. ``aux_share`` is 1, or under
-            gradient accumulation (``num_items_in_batch`` or ``step_load``) this batch's share of the step.
+            ``loss = task_loss + aux_scale * aux_share * sum of coefficient * auxiliary loss``. ``aux_share`` is 1, or
+            under gradient accumulation (``num_items_in_batch`` or ``step_load``) this batch's share of the step.
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         kwargs.update({name: value for name, value in named.items() if value is not None})
@@ -163,7 +165,8 @@ class MoELoRAModel(Saving):
             with self.slot.using(listener=listener):
                 output = self.backbone(**kwargs, return_dict=True)
             if keep and heard:
-                output = self._with_losses(output, heard, labels, kwargs.get("num_items_in_batch"), step_load)
+                items = kwargs.get("num_items_in_batch")
+                output = self._with_losses(output, heard, labels, items, step_load, aux_scale)
         return output.to_tuple() if as_tuple else output
 
     def _with_losses(
@@ -173,6 +176,7 @@ class MoELoRAModel(Saving):
         labels: Tensor | None,
         num_items: Tensor | int | None,
         step_load: StepLoad | None,
+        aux_scale: float,
     ) -> ModelOutput:
         losses, total = self.aux_losses(heard, step_load)
         output = output_class(type(output))(**output)
@@ -186,7 +190,7 @@ class MoELoRAModel(Saving):
             task_loss = output["loss"]
             output["task_loss"] = task_loss
             output["aux_share"] = share
-            output["loss"] = task_loss + share * total
+            output["loss"] = task_loss + aux_scale * share * total
         return output
 
     def _targets(self, labels: Tensor) -> Tensor:

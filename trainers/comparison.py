@@ -149,6 +149,7 @@ def train_and_score(
         train_dataset=train,
         data_collator=collate,
         callbacks=list(callbacks),
+        **config.trainer_options(),
     )
     with peak_memory() as peak:
         began = time.perf_counter()

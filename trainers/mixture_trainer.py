@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..errors import ConfigError, TrainingError
 from ..mixture import MoELoRAModel, StepLoad
@@ -18,6 +19,7 @@ from .checkpointing import CheckpointingTrainer
 from .finite import bad_gradients, first_non_finite
 from .live import LiveProgress
 from .meter import Averages, LoadMeter, balanced, only_listener
+from .optimizer import GroupOptions, learning_rates, parameter_groups
 
 STATE = "moelora"
 
@@ -38,7 +40,9 @@ class MixtureTrainer(CheckpointingTrainer):
             each micro-batch by itself weighted by its share of the step. A load-balance loss that is pooled over all
             sites then does not depend on how a step is cut up; what a router balances within single sites or sequences
             is left as it is. It costs one more forward of every micro-batch, without gradients.
-        router_learning_rate: learning rate of the routers' parameters; ``None`` means that of everything else.
+        groups: learning rates and weight decays of single groups of parameters.
+        aux_warmup_steps: over so many optimizer steps, or this share of all where it is below 1, the coefficients of
+            the auxiliary losses grow linearly to what they are.
         **trainer: any other argument of the Trainer.
 
     Attributes:
@@ -54,7 +58,8 @@ class MixtureTrainer(CheckpointingTrainer):
         args: TrainingArguments | None = None,
         *,
         step_balance: bool = False,
-        router_learning_rate: float | None = None,
+        groups: GroupOptions | None = None,
+        aux_warmup_steps: float = 0,
         **trainer: Any,
     ) -> None:
         if not isinstance(model, MoELoRAModel):
@@ -67,7 +72,8 @@ class MixtureTrainer(CheckpointingTrainer):
         if sampling:
             logger.warning("only moelora.policy trains the routers of %s, this trainer does not", ", ".join(sampling))
         self.step_balance = step_balance
-        self.router_learning_rate = router_learning_rate
+        self.groups = groups or GroupOptions()
+        self.aux_warmup_steps = aux_warmup_steps
         self.load = LoadMeter(model)
         self._step_load_meter = LoadMeter(model)
         self._window = Averages()
@@ -145,8 +151,8 @@ class MixtureTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if self.model.training and self._step_load is not None:
-            inputs = {**inputs, "step_load": self._step_load}
+        if self.model.training:
+            inputs = {**inputs, **self.step_inputs()}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         across, within = self._factors(num_items_in_batch)
         values = {"task_loss": outputs["task_loss"] * across if "task_loss" in outputs else loss}
@@ -159,6 +165,18 @@ class MixtureTrainer(CheckpointingTrainer):
             self._evaluated.add(values, rows)
             self._evaluated.weight += rows
         return (loss, outputs) if return_outputs else loss
+
+    def step_inputs(self) -> dict[str, Any]:
+        """What the model is told of the optimizer step beside its batch, in training."""
+        told: dict[str, Any] = {} if self._step_load is None else {"step_load": self._step_load}
+        return told if self.aux_scale == 1 else {**told, "aux_scale": self.aux_scale}
+
+    @property
+    def aux_scale(self) -> float:
+        """Factor of the auxiliary losses in the coming optimizer step."""
+        steps = self.aux_warmup_steps
+        steps = steps if steps >= 1 else steps * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / steps) if steps > 0 else 1.0
 
     def _factors(self, num_items: Tensor | int | None) -> tuple[float, float]:
         """By what the Trainer multiplies the model's loss: for averaging over ranks, and over micro-batches."""
@@ -256,21 +274,28 @@ class MixtureTrainer(CheckpointingTrainer):
                 f"{len(others)} parameters outside the adapter are trainable ({', '.join(others[:3])}): they would be "
                 "trained but not saved; freeze them with requires_grad_(False)"
             )
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return optimizer
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert held == set(adapter), "the optimizer's parameters are not the adapter's"
-        if self.router_learning_rate is not None:
-            routers = [m.router for m in self.model.containers().values() if m.router is not None]
-            _split_off(optimizer, {id(p) for r in routers for p in r.parameters()}, self.router_learning_rate)
-        return optimizer
+        if self.optimizer is None:
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(options):
+                raise ConfigError(f"optim={self.args.optim}: it chooses parameters by itself; take adamw_torch, say")
+            decaying = self.get_decay_parameter_names(self.model)
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = kind(parameter_groups(self.model, decaying, rate, decay, self.groups), **options)
+        elif self.groups != GroupOptions():
+            raise ConfigError(
+                f"the groups {self.groups} are of an optimizer that this trainer makes, and it was given one: leave "
+                "`optimizer` out of the DeepSpeed configuration, or `optimizers` out of the call"
+            )
+        if not self.is_deepspeed_enabled:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            assert held == set(adapter), "the optimizer's parameters are not the adapter's"
+        return self.optimizer
 
     # -- log, evaluation, state ----------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._window.take(self._mean), **self.load.metrics())
+            logs.update(self._window.take(self._mean), **self.load.metrics(), **learning_rates(self.optimizer))
             self.load.clear()
         super().log(logs, start_time)
 
@@ -339,12 +364,3 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer._after_step()
-
-
-def _split_off(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
-    """Move the chosen parameters of every group into a group of their own with another learning rate."""
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in chosen]
-        if moved:
-            group["params"] = [p for p in group["params"] if id(p) not in chosen]
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})

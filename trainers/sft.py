@@ -18,6 +18,7 @@ from ..mixture import MoELoRAModel, attach
 from ..registry import TRAINERS, closest
 from .live import LiveProgress
 from .mixture_trainer import MixtureTrainer
+from .optimizer import GroupOptions
 
 # Where ours differ from the Trainer's own defaults.
 DEFAULTS: dict[str, Any] = {
@@ -39,21 +40,22 @@ ELSEWHERE = {
 }
 
 
-class SFTConfig(Pluggable):
-    """Options of ``sft``.
+class SFTConfig(Pluggable, GroupOptions):
+    """Options of ``sft``, and of the groups of its optimizer.
 
     Attributes:
         args: fields of :class:`transformers.TrainingArguments`, checked by name and type. ``output_dir`` and ``seed``
             are the recipe's.
-        router_learning_rate: learning rate of the routers; ``None`` means ``args.learning_rate``.
         step_balance: balance the experts over whole optimizer steps, at the cost of one more forward; see
             :class:`~moelora.trainers.MixtureTrainer`.
+        aux_warmup_steps: optimizer steps, or below 1 their share of all, in which the coefficients of the auxiliary
+            losses grow from 0 to what they are.
     """
 
     kind: str = "sft"
     args: dict[str, Any] = Field(default_factory=dict)
-    router_learning_rate: Annotated[float, Field(gt=0)] | None = None
     step_balance: bool = False
+    aux_warmup_steps: Annotated[float, Field(ge=0)] = 0
 
     @field_validator("args")
     @classmethod
@@ -85,6 +87,11 @@ class SFTConfig(Pluggable):
             )
         except (ValueError, TypeError) as error:
             raise ConfigError(f"trainer.args: {' '.join(str(error).split())}") from None
+
+    def trainer_options(self) -> dict[str, Any]:
+        """What :class:`~moelora.trainers.MixtureTrainer` is told beside its arguments."""
+        groups = GroupOptions.parse({name: getattr(self, name) for name in GroupOptions.model_fields})
+        return {"step_balance": self.step_balance, "aux_warmup_steps": self.aux_warmup_steps, "groups": groups}
 
 
 class SFTTrainer(MixtureTrainer):
@@ -159,6 +166,5 @@ class SFT:
             eval_dataset=test,
             processing_class=tokenizer,
             callbacks=[LiveProgress()],
-            step_balance=config.step_balance,
-            router_learning_rate=config.router_learning_rate,
+            **config.trainer_options(),
         )

@@ -102,8 +102,7 @@ def train_router(
             eval_dataset=test,
             processing_class=model.tokenizer,
             callbacks=[LiveProgress("training the router")],
-            step_balance=config.step_balance,
-            router_learning_rate=config.router_learning_rate,
+            **config.trainer_options(),
         )
         with model.routing_context(phase=router.train_phase) if router.train_phase else nullcontext():
             metrics = dict(run.train().metrics)

@@ -15,6 +15,7 @@ from moelora import checkpoints
 from moelora.config import Recipe, load_recipe
 from moelora.errors import ConfigError
 from moelora.trainers import SFTTrainer
+from moelora.trainers.optimizer import GroupOptions
 
 SITES = [{"target": "mlp", "experts": {"num_experts": 2, "r": 2}, "router": "topk"}]
 
@@ -51,7 +52,8 @@ def test_recipes_round_trip_with_their_trainer():
 def test_the_optimizer_holds_the_adapter_and_nothing_else(make_model, make_trainer):
     model = make_model()
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = make_trainer(model, router_learning_rate=0.5, weight_decay=0.1, lr_scheduler_type="constant")
+    groups = GroupOptions(router_learning_rate=0.5)
+    trainer = make_trainer(model, groups=groups, weight_decay=0.1, lr_scheduler_type="constant")
     trainer.train()
     held = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.adapter_tensors().values()} and len(held) == len(

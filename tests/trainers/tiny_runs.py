@@ -66,7 +66,7 @@ def build_trainer(
     folder: Path | str, model: moelora.MoELoRAModel, rows: Rows | None = None, **options: Any
 ) -> SFTTrainer:
     """An SFTTrainer; options that are no arguments of the trainer itself go to TrainingArguments."""
-    own = {"step_balance", "router_learning_rate", "callbacks", "eval_dataset", "compute_metrics", "optimizers"}
+    own = {"step_balance", "groups", "aux_warmup_steps", "callbacks", "eval_dataset", "compute_metrics", "optimizers"}
     trainer = {name: options.pop(name) for name in own & set(options)}
     args = {
         "max_steps": 4,
