@@ -60,7 +60,7 @@ def factor_pairs(model: MoELoRAModel) -> list[FactorPair]:
 def parameter_groups(
     model: MoELoRAModel, decaying: Collection[str], learning_rate: float, weight_decay: float, options: GroupOptions
 ) -> list[dict[str, Any]]:
-    """The trained parameters of the adapter, each in one of the groups ``experts``, ``lora_B``, ``routers``, ``modules``.
+    """The trained parameters of the adapter in the groups ``experts``, ``lora_B``, ``routers`` and ``modules``.
 
     ``lora_B`` is apart from ``experts`` only under LoRA+. What does not decay has a group of its own with
     ``.no_decay`` after the name. Empty groups are left out.
