@@ -32,8 +32,8 @@ def build(
 ) -> Container:
     """Put experts and a router around ``base``: a linear becomes a linear site, an FFN block a block site.
 
-    The new tensors are float32 on the device of ``base``, on the CPU where that is ``meta``. ``base`` itself is left as
-    it is: freeze it, or not.
+    The new tensors are float32 on the device of ``base``; where that is ``meta``, on torch's default device. ``base``
+    itself is left as it is: freeze it, or not.
 
     Args:
         config: the site; ``target`` and ``layers`` are of no matter here.
@@ -67,6 +67,6 @@ def build(
 
 
 def device_of(base: nn.Module) -> torch.device:
-    """Where a module's parameters are; the CPU where it has none, or none that hold numbers (``meta``)."""
+    """Where a module's parameters are; torch's default device where it has none, or none with numbers (``meta``)."""
     tensor: Tensor | None = next(base.parameters(), None)
-    return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
+    return torch.get_default_device() if tensor is None or tensor.is_meta else tensor.device

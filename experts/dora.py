@@ -62,6 +62,8 @@ class DoRAExperts(ExpertBank):
     @torch.no_grad()
     def start_from(self, base: nn.Module) -> None:
         """Set the magnitudes to the norms of the rows, and so make every expert add nothing while ``lora_B`` is 0."""
+        if self.magnitude.is_meta:  # nothing to fill
+            return
         self.to(cast(Tensor, base.weight).device)
         self.magnitude.copy_(self.norms(base))
 

@@ -9,7 +9,9 @@ Shapes: D width of the block's input and output, F width between the projections
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +73,7 @@ def trace_ffn(block: nn.Module, name: str) -> FFNSpec:
         name: its path in the backbone, for messages.
 
     Raises:
-        ConfigError: it is not an FFN block of a known form, its weights are not loaded, or the finding does not
-            reproduce the block's output.
+        ConfigError: it is not an FFN block of a known form, or the finding does not reproduce the block's output.
     """
     _refuse_fused_experts(block, name)
     linears = {path: module for path, module in block.named_modules() if path and is_linear(module)}
@@ -84,7 +85,9 @@ def trace_ffn(block: nn.Module, name: str) -> FFNSpec:
     weight = next(iter(linears.values())).weight
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        raise ConfigError(f"site {name!r}: its weights are on the meta device; load them before attaching experts")
+        block = _sketch(block)
+        linears = {path: block.get_submodule(path) for path in linears}
+        weight = torch.empty(0, device="cpu")
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     was_training = block.training
     block.eval()
@@ -110,6 +113,36 @@ def _refuse_fused_experts(block: nn.Module, name: str) -> None:
                 f"of the shape {tuple(parameter.shape)}: there is no linear to put experts beside. Target the linears "
                 "of the attention, such as q_proj, or of a shared expert"
             )
+
+
+class _Sketch(nn.Linear):
+    """Stands for a linear of any size whose weight holds no numbers, and takes no memory itself.
+
+    Args:
+        index: the outputs of two with different ones are different.
+    """
+
+    def __init__(self, in_features: int, out_features: int, index: int) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.rows_O = torch.linspace(index, index + 1, out_features, device="cpu").cos()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean(-1, keepdim=True) * self.rows_O.to(x.dtype)
+
+
+def _sketch(block: nn.Module) -> nn.Module:
+    """A twin of a block on the meta device that can be run: how its parts are joined does not depend on its weights."""
+    tensors = chain(block.parameters(), block.buffers())
+    twin = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
+    for index, (path, module) in enumerate(list(twin.named_modules())):
+        if is_linear(module):
+            twin.set_submodule(path, _Sketch(*linear_shape(module), index))
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.ones(parameter.shape, device="cpu")))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.ones(buffer.shape, device="cpu"))
+    return twin
 
 
 @dataclass

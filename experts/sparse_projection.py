@@ -77,6 +77,8 @@ class SparseProjectionExperts(ExpertBank):
         """``lora_A`` from ``generator``, or else from the task's seed and this bank's name; ``lora_B`` zero."""
         width = self.lora_A.shape[1]
         nnz = nonzeros(self.config, width)
+        if self.lora_A.is_meta:  # there is nothing to fill, and a generator draws on its own device only
+            return
         if generator is None:
             generator = torch.Generator().manual_seed(seed_of(self.config.task_seed, self.name))
         places = torch.rand(self.lora_A.shape, generator=generator).argsort(dim=1)[:, :nnz]

@@ -105,6 +105,14 @@ def test_the_parts_are_found(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_parts_are_found_without_weights(family: str) -> None:
+    block = first_block(FAMILIES[family][0]())
+    found = trace_ffn(block, "mlp")
+    assert trace_ffn(block.to("meta"), "mlp") == found
+    assert all(tensor.is_meta for tensor in block.state_dict().values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_updates_the_model_is_its_backbone_bit_for_bit(family: str) -> None:
     make, target, _ = FAMILIES[family]
     backbone = make()
@@ -218,6 +226,19 @@ class Residual(Dropping):
         return x + super().forward(x)
 
 
+def test_a_block_without_weights_that_computes_something_else_is_refused_too() -> None:
+    assert trace_ffn(Dropping().to("meta"), "block").inner_dropout == "drop"
+    with pytest.raises(ConfigError, match="computes something else"):
+        trace_ffn(Residual().to("meta"), "block")
+
+
+def test_under_the_meta_device_new_tensors_hold_no_numbers_either() -> None:
+    assert {str(p.device) for p in build(Dropping().to("meta"), site()).experts.parameters()} == {"cpu"}
+    with torch.device("meta"):
+        container = build(Dropping(), site())
+    assert {str(p.device) for p in container.parameters()} == {"meta"}
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +255,6 @@ class Functional(nn.Module):
         (Functional(), "no nonlinearity module"),
         (nn.Sequential(nn.Linear(4, 4)), "2 or 3 linears"),
         (nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), "it has 4"),
-        (Dropping().to("meta"), "meta device"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
