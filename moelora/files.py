@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,6 +116,7 @@ def install(folder: Path, final: Path) -> None:
                 return
         with locked(final):
             _move_in(final)
+            _refuse_links(final, _names_below(folder))
             os.rename(folder, final / PENDING)
             sync_folder(final)
             _move_in(final)
@@ -147,7 +148,8 @@ def _move_in(final: Path) -> None:
     pending = final / PENDING
     if not pending.is_dir():
         return
-    names = [path.relative_to(pending) for path in sorted(pending.rglob("*")) if not path.is_dir()]
+    names = _names_below(pending)
+    _refuse_links(final, names)
     names.sort(key=lambda name: name == Path(MANIFEST))  # last: until then the old manifest tells that files differ
     for name in names:
         target = final / name
@@ -158,6 +160,25 @@ def _move_in(final: Path) -> None:
         os.replace(pending / name, target)
     shutil.rmtree(pending)
     sync_folder(final)
+
+
+def _names_below(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+
+
+def _refuse_links(final: Path, names: Iterable[Path]) -> None:
+    """Check that moving these into ``final`` touches nothing outside it: whoever wrote that may be a stranger.
+
+    Raises:
+        CheckpointError: one of the folders on the way is a link.
+    """
+    inside = {way for name in names for way in name.parents if way.name}
+    for way in (final / name for name in sorted({Path(PENDING), *inside})):
+        if way.is_symlink():
+            raise CheckpointError(
+                f"{way}: expected a folder, found a link to {os.readlink(way)}: files are not moved through a link, "
+                "which may lead out of the checkpoint; remove it if it is yours, else do not use this copy"
+            )
 
 
 @contextmanager

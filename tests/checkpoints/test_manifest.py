@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,33 @@ def test_an_interrupted_move_is_finished_by_whoever_comes_next(tmp_path: Path) -
     assert checkpoints.latest(tmp_path) == final
     assert (final / "sub" / "optimizer.pt").read_text() == "new"
     assert not (final / files.PENDING).exists()
+
+
+@pytest.mark.parametrize("link", [files.PENDING, "sub"])
+def test_no_file_is_moved_through_a_link(tmp_path: Path, link: str) -> None:
+    """An unpacked archive may hold what looks like an interrupted move, with a link that leads out of it."""
+    final, mine = commit(tmp_path / "run", 1), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "optimizer.pt").write_text("mine")
+    shutil.rmtree(final / "sub")
+    if link != files.PENDING:
+        (final / files.PENDING / "sub").mkdir(parents=True)
+        (final / files.PENDING / "sub" / "optimizer.pt").write_text("theirs")
+    (final / link).symlink_to(mine, target_is_directory=True)
+    for use in (lambda: checkpoints.verify(final), lambda: commit(tmp_path / "run", 1)):
+        with pytest.raises(CheckpointError, match=f"{link}: expected a folder, found a link to .*mine"):
+            use()
+        assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+
+
+def test_saving_through_a_link_leaves_what_is_there(tmp_path: Path) -> None:
+    final, other = commit(tmp_path / "run", 1, "old"), tmp_path / "other"
+    (final / "sub").rename(other)
+    (final / "sub").symlink_to(other, target_is_directory=True)
+    with pytest.raises(CheckpointError, match="sub: expected a folder, found a link"):
+        commit(tmp_path / "run", 1, "new")
+    checkpoints.verify(final)
+    assert (other / "optimizer.pt").read_text() == "old"
 
 
 def test_no_folder(tmp_path: Path) -> None:
