@@ -148,7 +148,7 @@ class MoRAMXTAILLayout(Layout):
 
 def _files(folder: Folder) -> Iterator[PickleFile]:
     """Those of its ``.pth`` files that MoRAM wrote; training runs have others, such as random states."""
-    for name in folder.names("*.pth"):
+    for name in filter(folder.has, folder.names("*.pth")):
         try:
             file = PickleFile(folder.path / name, depth=3)
         except CheckpointError:

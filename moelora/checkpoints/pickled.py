@@ -27,6 +27,7 @@ from .tensor_file import Header, TensorFile
 
 _MAX_PICKLE_BYTES = 64_000_000
 _MAX_MAPPED_BYTES = 128_000_000
+_TAIL_BYTES = 56 + 20 + 22  # how an archive ends: the two records of zip64, where it has them, and the older one
 _SAFE_TORCH = (2, 10)
 _OPCODES = {
     *("PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE"),
@@ -198,7 +199,10 @@ class PickleFile(TensorFile):
 
     def _describe(self) -> dict[str, _Extent]:
         with zipfile.ZipFile(self.path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
+            # torch does not tell capitals from small letters in names.
+            members = {info.filename.lower(): info for info in archive.infolist()}
+            if len(members) < len(archive.infolist()) or self._has_two_directories(archive):
+                raise self._refuse("an archive that can be read in two ways")
             if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
                 raise self._refuse("compressed members, which torch.save does not write")
             if sum(info.file_size for info in members.values()) > self.path.stat().st_size:
@@ -207,9 +211,10 @@ class PickleFile(TensorFile):
             if len(pickles) != 1 or members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
                 raise self._refuse(f"{len(pickles)} pickles, or one over {_MAX_PICKLE_BYTES} bytes")
             root = pickles[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+            order = members.get(f"{root}byteorder")
+            if order is not None and archive.read(order) != b"little":
                 raise self._refuse("numbers that are not little-endian")
-            content = archive.read(pickles[0])
+            content = archive.read(members[pickles[0]])
         self._allow_only_tensors(content)
         extents = {}
         for key, leaf in self._leaves(_Describer(io.BytesIO(content)).load()):
@@ -220,11 +225,24 @@ class PickleFile(TensorFile):
             else:
                 raise self._refuse(f"an entry {key!r} that is no tensor")
         for key, extent in extents.items():
-            member = members.get(f"{root}data/{extent.storage.key}")
+            member = members.get(f"{root}data/{extent.storage.key}".lower())
             size = extent.storage.numel * extent.storage.kind.itemsize
             if member is None or member.file_size != size or max(extent.end, extent.numel) > extent.storage.numel:
                 raise self._refuse(f"a tensor {key!r} of shape {extent.shape} without the bytes for it")
         return extents
+
+    def _has_two_directories(self, archive: zipfile.ZipFile) -> bool:
+        """Whether torch may find other members than :mod:`zipfile` does, which makes up for wrong offsets."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as stream:
+            stream.seek(max(size - _TAIL_BYTES, 0))
+            tail = stream.read()
+        end, locator = tail[-22:], tail[-42:-22]
+        if not end.startswith(b"PK\5\6") or not end.endswith(b"\0\0"):
+            return True  # a comment, in which there may be another end
+        if locator.startswith(b"PK\6\7") and int.from_bytes(locator[8:16], "little") != size - _TAIL_BYTES:
+            return True
+        return min((info.header_offset for info in archive.infolist()), default=0) != 0
 
     def _leaves(self, value: Any) -> Iterator[tuple[str, Any]]:
         """What the dicts hold, by name; a dict in two places, which could stand for any number of them, is refused."""

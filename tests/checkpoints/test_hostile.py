@@ -11,6 +11,7 @@ import pickle
 import resource
 import struct
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,26 @@ def compressed(folder: Path) -> None:
             archive.writestr(name, value)
 
 
+def twice(name: str) -> Change:
+    """Add another pickle, which torch or the examination may take for the first."""
+
+    def apply(folder: Path) -> None:
+        with warnings.catch_warnings(), zipfile.ZipFile(folder / BIN, "a") as archive:
+            warnings.simplefilter("ignore")  # zipfile says so
+            archive.writestr(f"adapter_model/{name}", BYTES_BOMB)
+
+    return apply
+
+
+def in_archive(change: Callable[[bytes], bytes]) -> Change:
+    def apply(folder: Path) -> None:
+        (folder / BIN).write_bytes(change((folder / BIN).read_bytes()))
+
+    return apply
+
+
+BYTES_BOMB = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+TWO_WAYS = [BIN, "an archive that can be read in two ways", "do not load it"]
 MEMO_BOMB = pickle.PROTO + b"\x02" + b"}" + b"r" + struct.pack("<I", 2**32 - 1) + b"."
 BUILTIN = b"cbuiltins\neval\n(X\x01\x00\x00\x001tR."
 
@@ -330,6 +351,11 @@ MIXLORA: dict[str, tuple[Change, list[str]]] = {
     "pickle that ends early": (with_pickle(b"\x80\x02}"), [BIN, "cannot be read", "flat dict of tensors"]),
     "pickle of a list": (with_pickle(b"\x80\x02)."), [BIN, "flat dict of tensors, found a tuple"]),
     "compressed archive": (compressed, [BIN, "compressed members"]),
+    "archive with a member twice": (twice("data.pkl"), TWO_WAYS),
+    "archive with a member twice but for capitals": (twice("DATA.pkl"), TWO_WAYS),
+    "archive in an archive": (in_archive(lambda content: content + content), TWO_WAYS),
+    "archive with a comment": (in_archive(lambda content: content[:-2] + b"\4\0text"), TWO_WAYS),
+    "archive with another list of members": (in_archive(lambda c: c[:-34] + struct.pack("<Q", 9) + c[-26:]), TWO_WAYS),
     "tensor beyond its bytes": (huge_extent, [BIN, BIN_KEY, "(1000000000, 32) without the bytes for it"]),
     "tensor in a list": (in_bin(lambda t: {**t, "x": [torch.zeros(1)]}), [BIN, "flat dict"]),
     "text among the tensors": (in_bin(lambda t: {**t, "x": "y"}), [BIN, "'x' that is no tensor"]),

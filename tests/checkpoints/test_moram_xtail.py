@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,10 @@ def test_scales_are_multiplied_into_tensors(tmp_path: Path, caplog: pytest.LogCa
 def test_random_states_of_a_run_are_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path / "dtd.pth")
     torch.save({"python": (1, (2, 3)), "cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
+    os.mkfifo(tmp_path / "a.pth")  # nor is a pipe waited for
     assert checkpoints.read(tmp_path).layout == "moram_xtail"
     (tmp_path / "dtd.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"known layout .*, found rng_state\.pth"):
+    with pytest.raises(CheckpointError, match=r"known layout .*, found a\.pth, rng_state\.pth"):
         checkpoints.read(tmp_path)
 
 
