@@ -82,7 +82,7 @@ def output_class(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
 
 @cache
 def _extended(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
-    fields = [(name, Any, field(default=None)) for name in ("task_loss", "aux_losses", "aux_share")]
+    fields = [(name, Any, field(default=None)) for name in ("task_loss", "aux_losses", "aux_share", "log_prob")]
     namespace = {"__module__": __name__, "__reduce__": lambda self: (_rebuilt, (backbone_class, dict(self)))}
     return make_dataclass(f"Mixture{backbone_class.__name__}", fields, bases=(backbone_class,), namespace=namespace)
 

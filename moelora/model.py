@@ -21,6 +21,7 @@ from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
 from .passes import Passes
 from .routers.base import Router
+from .routers.rloo import example_log_prob
 from .routing import RoutingContext
 from .saving import Saving
 from .slot import RoutingSlot
@@ -135,6 +136,7 @@ class MoELoRAModel(Saving):
         phase: str | None = None,
         step_load: StepLoad | None = None,
         aux_scale: float = 1.0,
+        with_log_prob: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward, with the auxiliary losses added.
@@ -145,6 +147,7 @@ class MoELoRAModel(Saving):
             modality_mask: (B, S) int64, the modality of each token. phase: for methods that train in stages.
             step_load: totals of the optimizer step that this batch is a part of.
             aux_scale: factor of all auxiliary losses in ``loss``, for a warm-up of their coefficients.
+            with_log_prob: add ``log_prob`` (B,), of all that routers sampled for each sequence; see ``policy.py``.
             **kwargs: anything else that the backbone takes, such as ``num_items_in_batch``.
 
         Returns:
@@ -158,7 +161,7 @@ class MoELoRAModel(Saving):
         routing: dict[str, Any] = {"task_ids": task_ids, "task_types": task_types, "request_ids": request_ids}
         routing |= {"modality_mask": modality_mask, "phase": phase}
         heard: Heard = []
-        keep = torch.is_grad_enabled() or labels is not None
+        keep = torch.is_grad_enabled() or labels is not None or with_log_prob
         listener = (lambda site, record: heard.append((site, record))) if keep else None
         self._check_checkpointing()
         with self._passes.whole(), self.routing_context(**{k: v for k, v in routing.items() if v is not None}):
@@ -167,6 +170,8 @@ class MoELoRAModel(Saving):
             if keep and heard:
                 items = kwargs.get("num_items_in_batch")
                 output = self._with_losses(output, heard, labels, items, step_load, aux_scale)
+                if with_log_prob:  # in the output, where what wraps a model looks for what its parameters lead to
+                    output["log_prob"] = example_log_prob((record for _, record in heard), len(output["logits"]))
         return output.to_tuple() if as_tuple else output
 
     def _with_losses(

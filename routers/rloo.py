@@ -125,13 +125,14 @@ def _check_alike(first: RoutingRecord, other: RoutingRecord) -> None:
         )
 
 
-def advantages(losses_MB: Tensor, per_example: bool = True) -> Tensor:
+def advantages(losses_MB: Tensor, per_example: bool = True, weights_B: Tensor | None = None) -> Tensor:
     """(M, B) without graph: what multiplies each log-probability in :func:`surrogate`.
 
     Args:
         losses_MB: the loss of each example under each selection.
-        per_example: a baseline for each example, ``(L_mb - mean_m L_mb) / ((M-1) B)``; else one for the batch,
-            ``(L_m - mean_m L_m) / (M-1)`` with L_m the mean over examples.
+        per_example: a baseline for each example, ``w_b (L_mb - mean_m L_mb) / (M-1)``; else one for the batch,
+            ``(L_m - mean_m L_m) / (M-1)`` with ``L_m = sum_b w_b L_mb``.
+        weights_B: w, the part of each example in the loss of a selection; ``None`` means 1 / B.
 
     Raises:
         ValueError: fewer than two selections, which leave nothing to compare with.
@@ -139,24 +140,40 @@ def advantages(losses_MB: Tensor, per_example: bool = True) -> Tensor:
     selections, examples = losses_MB.shape
     if selections < 2:
         raise ValueError(f"{selections} selection: the leave-one-out baseline takes at least 2, choose more")
-    losses_MB = losses_MB.detach()
+    weights_B = _shares(losses_MB) if weights_B is None else weights_B
+    parts_MB = losses_MB.detach() * weights_B
     if not per_example:
-        losses_MB = losses_MB.mean(dim=1, keepdim=True).expand_as(losses_MB)
+        parts_MB = parts_MB.sum(dim=1, keepdim=True).expand(-1, examples)
     # As a mean of differences, so that equal losses give exactly 0.
-    gap_MB = (losses_MB.unsqueeze(1) - losses_MB.unsqueeze(0)).mean(dim=1)
-    return gap_MB / ((selections - 1) * (examples if per_example else 1))
+    return (parts_MB.unsqueeze(1) - parts_MB.unsqueeze(0)).mean(dim=1) / (selections - 1)
 
 
-def surrogate(losses_MB: Tensor, log_prob_MB: Tensor, per_example: bool = True) -> Tensor:
-    """Scalar to minimise: ``mean L + sum advantage * log Q``.
+def surrogate(
+    losses_MB: Tensor, log_prob_MB: Tensor, per_example: bool = True, weights_B: Tensor | None = None
+) -> Tensor:
+    """Scalar to minimise: ``mean_m sum_b w_b L_mb + sum advantage * log Q``.
 
     Its gradient is the mean gradient of the losses where those depend on a parameter, plus the RLOO estimate where the
     log-probabilities do; its value is of no meaning.
 
     Args:
         losses_MB, log_prob_MB: loss and log-probability of each example under each selection.
+        per_example, weights_B: see :func:`advantages`.
     """
-    return losses_MB.mean() + (advantages(losses_MB, per_example) * log_prob_MB).sum()
+    shares_B = _shares(losses_MB) if weights_B is None else weights_B
+    score = (advantages(losses_MB, per_example, weights_B) * log_prob_MB).sum()
+    return (losses_MB * shares_B).sum(dim=1).mean() + score
+
+
+def _shares(losses_MB: Tensor) -> Tensor:
+    """(B,) of a mean over examples."""
+    examples = losses_MB.shape[1]
+    return losses_MB.new_full((examples,), 1 / examples)
+
+
+def example_targets(labels: Tensor, causal: bool = True) -> Tensor:
+    """(B,) how many tokens of each example :func:`example_losses` is the mean of."""
+    return ((labels[:, 1:] if causal else labels) != -100).sum(dim=1)
 
 
 def example_losses(logits: Tensor, labels: Tensor, causal: bool = True) -> Tensor:

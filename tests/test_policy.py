@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 import moelora
 from moelora.errors import UserError
 from moelora.mixture import MoELoRAModel
-from moelora.policy import policy_backward, policy_loss
+from moelora.policy import Objective, policy_backward, policy_loss
 from moelora.routers import rloo
 from moelora.trainers import SFTTrainer
 
@@ -70,9 +70,9 @@ def test_loop_batch_and_lean_form_have_one_gradient(
     for form in ("loop", "batched", "lean"):
         model = make(tiny_llama, mixture(**router))
         if form == "lean":
-            found = policy_backward(model, batch(), SEEDS, per_example=per_example)
+            found = policy_backward(model, batch(), SEEDS, Objective(per_example))
         else:
-            found = policy_loss(model, batch(), SEEDS, batched=form == "batched", per_example=per_example)
+            found = policy_loss(model, batch(), SEEDS, Objective(per_example), batched=form == "batched")
             found.surrogate.backward()
         results.append((found, gradients(model)))
     loop, grads = results[0]
@@ -255,4 +255,4 @@ def test_a_trainer_that_leaves_sampling_routers_as_they_are_says_so(
 ) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     SFTTrainer(make(tiny_llama), arguments)
-    assert "only moelora.policy trains the routers of remix" in caplog.text
+    assert "the routers of remix sample, and this trainer leaves them as they are" in caplog.text

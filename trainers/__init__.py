@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from ..registry import TRAINERS
-from . import sft
+from . import remix, sft
 from .live import LiveProgress, TimeBudget
 from .mixture_trainer import MixtureTrainer
+from .remix import RemixTrainer
 from .sft import SFTTrainer
 
 names = TRAINERS.names
 get = TRAINERS.get
 
-__all__ = ["TRAINERS", "LiveProgress", "MixtureTrainer", "SFTTrainer", "TimeBudget", "get", "names", "sft"]
+__all__ = [
+    "TRAINERS",
+    "LiveProgress",
+    "MixtureTrainer",
+    "RemixTrainer",
+    "SFTTrainer",
+    "TimeBudget",
+    "get",
+    "names",
+    "remix",
+    "sft",
+]

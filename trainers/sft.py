@@ -115,6 +115,7 @@ class SFT:
 
     kind: ClassVar[str]
     Config: ClassVar[type[SFTConfig]] = SFTConfig
+    Trainer: ClassVar[type[SFTTrainer]] = SFTTrainer
 
     @classmethod
     def run(cls, recipe: Recipe, *, resume: bool | str = False) -> Path:
@@ -158,7 +159,7 @@ class SFT:
         set_seed(recipe.seed)
         model = attach(backbone, recipe.mixture)
         model.tokenizer = tokenizer
-        return SFTTrainer(
+        return cls.Trainer(
             model,
             args,
             data_collator=data.Collator(tokenizer.pad_token_id, with_task_ids=True),

@@ -46,7 +46,7 @@ def test_recipes_round_trip_with_their_trainer():
     recipe = load_recipe({"mixture": {"sites": SITES}}, ["trainer.args.max_steps=7", "trainer.step_balance=true"])
     assert recipe.trainer.kind == "sft" and recipe.trainer.step_balance
     assert Recipe.parse(json.loads(recipe.to_json())) == recipe
-    assert moelora.trainers.names() == ["sft"]
+    assert "sft" in moelora.trainers.names()
 
 
 def test_the_optimizer_holds_the_adapter_and_nothing_else(make_model, make_trainer):
