@@ -180,6 +180,22 @@ class Carrying(Surface):
         if left != self._adapters.active:
             self._carry(left)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any transformers model; what is new is frozen, as the backbone is.
+
+        Raises:
+            ConfigError: an adapter has a part at the embeddings or at the head, which would keep its size.
+        """
+        for adapter in self._adapters.known.values() if args or kwargs else ():
+            for path in adapter.parts:
+                inside = list(self.backbone.get_submodule(path).modules())
+                if any(module in inside for module in (self.get_input_embeddings(), self.get_output_embeddings())):
+                    raise ConfigError(
+                        f"adapter {adapter.name!r} has a part at {path!r}, which would keep its size: resize the "
+                        "embeddings of the backbone before it gets experts (unload() gives it back)"
+                    )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def disable_adapters(self) -> None:
         """Make the model its backbone until :meth:`enable_adapters`; see also ``disable_experts``, a block."""
         self.slot.enabled = False

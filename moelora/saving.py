@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .carrying import Carrying
 from .config import BackboneConfig
+from .errors import ConfigError
 
 
 class Saving(Carrying):
@@ -52,7 +53,7 @@ class Saving(Carrying):
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
         card: str | None = None,
-        selected_adapters: Sequence[str] | None = None,
+        selected_adapters: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the native checkpoint: configuration, adapter tensors, model card; see ``checkpoints/native.py``.
@@ -60,17 +61,22 @@ class Saving(Carrying):
         Several adapters go into folders of their names in ``save_directory``, for ``from_pretrained(subfolder=...)``.
 
         Args:
-            selected_adapters: names of the adapters to save; ``None`` takes those that are active.
+            selected_adapters: name or names of the adapters to save; ``None`` takes those that are active.
             state_dict: tensors to take instead of the model's own, by the model's parameter names (ZeRO-3, FSDP).
             card: text of the README.md; by default the adapter's own, and without one a short card is written.
 
         Raises:
-            ConfigError: an unknown name.
+            ConfigError: an unknown name, or there is nothing to save.
         """
         from .checkpoints import Architecture, native
 
+        self.refuse_unloaded()
         names = self.active_adapters if selected_adapters is None else selected_adapters
-        adapters = [self._adapters.get(name) for name in names]
+        adapters = [self._adapters.get(name) for name in ([names] if isinstance(names, str) else names)]
+        if not adapters:
+            raise ConfigError(
+                f"selected_adapters is empty: name one of {', '.join(map(repr, self.adapters))}, or leave it out"
+            )
         for adapter in adapters if is_main_process else ():
             native.save(
                 Path(save_directory) / adapter.name if len(adapters) > 1 else save_directory,
@@ -95,7 +101,7 @@ class Saving(Carrying):
         create_pr: bool = False,
         commit_message: str = "Upload mixture",
         card: str | None = None,
-        selected_adapters: Sequence[str] | None = None,
+        selected_adapters: str | Sequence[str] | None = None,
     ) -> Any:
         """Upload the native checkpoint, and the tokenizer if there is one, to a hub repository made for it.
 

@@ -63,7 +63,11 @@ def test_a_mixture_is_unloaded_once(tiny_llama: LlamaForCausalLM) -> None:
         old.unload()
     new = moelora.attach(backbone, MIXTURE)
     bases = {name: container.base for name, container in new.containers().items()}
-    for stale in (old.unload, lambda: old.merge_and_unload(approximate=True, batches=[{"input_ids": IDS}])):
+    for stale in (
+        old.unload,
+        lambda: old.merge_and_unload(approximate=True, batches=[{"input_ids": IDS}]),
+        lambda: old.save_pretrained("nowhere"),
+    ):
         with pytest.raises(ConfigError, match="was unloaded"):
             stale()
     assert {name: container.base for name, container in new.containers().items()} == bases and len(bases) == 4

@@ -69,6 +69,8 @@ def test_names_that_are_taken_unknown_or_none(two: MoELoRAModel) -> None:
         lambda: two.delete_adapter(["math", "chat"]): r"no active adapter: use unload\(\)",
         lambda: two.adapter_tensors("law"): "adapter 'law' is not known",
         lambda: two.save_pretrained("nowhere", selected_adapters=["law"]): "adapter 'law' is not known",
+        lambda: two.save_pretrained("nowhere", selected_adapters="law"): "adapter 'law' is not known",
+        lambda: two.save_pretrained("nowhere", selected_adapters=[]): "is empty: name one of 'chat', 'math'",
         lambda: moelora.attach(two.backbone, TOPK): r"already carries experts .* call add_adapter\(\)",
     }.items():
         with pytest.raises(ConfigError, match=words):

@@ -220,3 +220,19 @@ def test_adapters_on_a_quantised_backbone(tmp_path: Path) -> None:
     again.set_adapter(["one", "two", "block"])
     assert torch.equal(logits(again), together) and same(values(again, "block"), kept)
     assert torch.equal(logits(again.unload()), bare)
+
+
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("mixture", [TOPK | {"modules_to_save": ["embed_tokens"]}, lora("lm_head")])
+def test_embeddings_that_an_adapter_has_a_part_at_keep_their_size(active: bool, mixture: dict[str, Any]) -> None:
+    model = moelora.attach(base(), TOPK)
+    model.add_adapter("words", mixture)
+    model.set_adapter("words" if active else "default")
+    before = logits(model)
+    with pytest.raises(ConfigError, match=r"'words' has a part at .*, which would keep its size: resize .* before"):
+        model.resize_token_embeddings(100)
+    assert torch.equal(logits(model), before) and model.config.vocab_size == before.shape[-1]
+    model.set_adapter("default")
+    model.delete_adapter("words")
+    model.resize_token_embeddings(100)
+    assert logits(model).shape[-1] == 100
