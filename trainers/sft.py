@@ -60,18 +60,7 @@ class SFTConfig(Pluggable, GroupOptions):
     @field_validator("args")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        known = [field.name for field in fields(TrainingArguments) if field.init]
-        types = get_type_hints(TrainingArguments)
-        for name, given in value.items():
-            if name in ELSEWHERE:
-                raise ValueError(f"{name!r} does not belong here: use {ELSEWHERE[name]}")
-            if name not in known:
-                raise ValueError(f"{name!r} is not a field of transformers.TrainingArguments{closest(name, known)}")
-            try:
-                TypeAdapter(types[name]).validate_python(given)
-            except ValidationError as error:
-                raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from None
-        return value
+        return known_arguments(value)
 
     def training_arguments(self, output_dir: str | Path, seed: int) -> TrainingArguments:
         """The whole arguments.
@@ -92,6 +81,26 @@ class SFTConfig(Pluggable, GroupOptions):
         """What :class:`~moelora.trainers.MixtureTrainer` is told beside its arguments."""
         groups = GroupOptions.parse({name: getattr(self, name) for name in GroupOptions.model_fields})
         return {"step_balance": self.step_balance, "aux_warmup_steps": self.aux_warmup_steps, "groups": groups}
+
+
+def known_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    """``value`` as it is, when all of it are fields of ``TrainingArguments`` that a recipe may set.
+
+    Raises:
+        ValueError: an unknown name, a wrong type, or what belongs elsewhere.
+    """
+    known = [field.name for field in fields(TrainingArguments) if field.init]
+    types = get_type_hints(TrainingArguments)
+    for name, given in value.items():
+        if name in ELSEWHERE:
+            raise ValueError(f"{name!r} does not belong here: use {ELSEWHERE[name]}")
+        if name not in known:
+            raise ValueError(f"{name!r} is not a field of transformers.TrainingArguments{closest(name, known)}")
+        try:
+            TypeAdapter(types[name]).validate_python(given)
+        except ValidationError as error:
+            raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from None
+    return value
 
 
 class SFTTrainer(MixtureTrainer):
@@ -147,18 +156,38 @@ class SFT:
     @classmethod
     def prepare(cls, recipe: Recipe) -> SFTTrainer:
         """Data, backbone, mixture and trainer of a recipe, ready to train."""
-        config = recipe.trainer
+        args = recipe.trainer.training_arguments(recipe.output_dir, recipe.seed)
+        splits = cls.examples_of(recipe)
+        return cls.trainer_of(recipe, cls.model_of(recipe), splits, args)
+
+    @staticmethod
+    def examples_of(recipe: Recipe) -> data.Splits:
+        """The examples of a recipe.
+
+        Raises:
+            ConfigError: it names none. DataError: see :func:`moelora.data.load_examples`.
+        """
         if recipe.data is None:
             raise ConfigError("data: this recipe names no data to train on; add data: {kind: dataset, path: my.jsonl}")
-        args = config.training_arguments(recipe.output_dir, recipe.seed)
-        splits = data.load_examples(recipe.data)
+        return data.load_examples(recipe.data)
+
+    @staticmethod
+    def model_of(recipe: Recipe) -> MoELoRAModel:
+        """The fresh mixture of a recipe, with its tokenizer."""
         backbone, tokenizer = load_backbone(recipe.backbone)
-        assert tokenizer is not None
-        train = data.tokenize(splits.train, tokenizer, recipe.max_length)
-        test = data.tokenize(splits.test, tokenizer, recipe.max_length, train.tasks) if splits.test else None
         set_seed(recipe.seed)
         model = attach(backbone, recipe.mixture)
         model.tokenizer = tokenizer
+        return model
+
+    @classmethod
+    def trainer_of(
+        cls, recipe: Recipe, model: MoELoRAModel, splits: data.Splits, args: TrainingArguments, **options: Any
+    ) -> SFTTrainer:
+        """A trainer of ``model`` on the examples; ``options`` are its own arguments, beside those of the recipe."""
+        tokenizer = model.tokenizer
+        train = data.tokenize(splits.train, tokenizer, recipe.max_length)
+        test = data.tokenize(splits.test, tokenizer, recipe.max_length, train.tasks) if splits.test else None
         return cls.Trainer(
             model,
             args,
@@ -166,6 +195,5 @@ class SFT:
             train_dataset=train,
             eval_dataset=test,
             processing_class=tokenizer,
-            callbacks=[LiveProgress()],
-            **config.trainer_options(),
+            **{"callbacks": [LiveProgress()], **recipe.trainer.trainer_options(), **options},
         )

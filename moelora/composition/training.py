@@ -51,9 +51,13 @@ class Trained:
 
 
 def default_trainer(router: str, **args: Any) -> SFTConfig:
-    """The trainer of the model card of a router, with ``args`` in place of its arguments; without checkpoints."""
+    """The supervised trainer with the options of a router's model card that it has, ``args`` in place of the card's.
+
+    Without checkpoints. A card may name another trainer, such as one of several stages.
+    """
     recipe = card_recipe(router) if router in card_names() else {}
-    trainer = dict(recipe.get("trainer", {}))
+    given = recipe.get("trainer", {})
+    trainer = {name: given[name] for name in SFTConfig.model_fields if name in given and name != "kind"}
     if not {"max_steps", "num_train_epochs"}.isdisjoint(args):
         trainer["args"] = {
             k: v for k, v in trainer.get("args", {}).items() if k not in ("max_steps", "num_train_epochs")
