@@ -198,7 +198,7 @@ def _lock(folder: Path, wait: bool, shared: bool = False) -> int | None:
         return None
     handle = None
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a pipe of such a name would be waited for
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         if handle is not None:

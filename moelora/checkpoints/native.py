@@ -160,7 +160,7 @@ def save(
     size = sum(value.numel() * value.element_size() for value in tensors.values()) + 1_000_000
     with files.staged(folder, need=size) as staging:
         if card is None and (folder / CARD).is_file():
-            card = (folder / CARD).read_text(encoding="utf-8")
+            card = (folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
         _write(staging, content, card)
         manifest.write(staging, keep=_manifest_before(folder))
         files.install(staging, folder)
@@ -187,7 +187,8 @@ def _write(folder: Path, content: Content, card: str | None) -> None:
         sites=[list(names) for names in content.sites],
     )
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
-    (folder / CARD).write_text(card or default_card(content), encoding="utf-8")
+    # Bytes that are no UTF-8 are those of a card that was there.
+    (folder / CARD).write_text(card or default_card(content), encoding="utf-8", errors="surrogateescape")
     values = {name: value.detach().cpu().contiguous() for name, value in content.tensors.items()}
     try:
         save_file(values, folder / TENSORS, metadata={"format": "pt"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,11 @@ def test_saving_through_a_link_leaves_what_is_there(tmp_path: Path) -> None:
         commit(tmp_path / "run", 1, "new")
     checkpoints.verify(final)
     assert (other / "optimizer.pt").read_text() == "old"
+
+
+def test_a_pipe_with_the_name_of_a_staging_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{files.SAVING}x")
+    checkpoints.verify(commit(tmp_path, 1))
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -90,8 +90,10 @@ def test_card(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path / "model", card="# mine\n")
     assert (tmp_path / "model" / "README.md").read_text() == "# mine\n"
-    model.save_pretrained(tmp_path / "model")  # a card that is there is kept
-    assert (tmp_path / "model" / "README.md").read_text() == "# mine\n"
+    for card in (b"# mine\n", "# größer\n".encode("latin-1")):
+        (tmp_path / "model" / "README.md").write_bytes(card)
+        model.save_pretrained(tmp_path / "model")  # a card that is there is kept
+        assert (tmp_path / "model" / "README.md").read_bytes() == card
 
 
 def test_files_of_others_stay(make_model: MakeModel, tmp_path: Path) -> None:
