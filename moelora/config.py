@@ -17,6 +17,11 @@ from pydantic import Field, field_validator, model_validator
 from .config_files import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
 from .config_files import apply_overrides as apply_overrides
 from .config_files import read_mapping as read_mapping
+from .data_config import ColumnsConfig as ColumnsConfig
+from .data_config import DataConfig as DataConfig
+from .data_config import DatasetData as DatasetData
+from .data_config import MixtureData as MixtureData
+from .data_config import ReasoningGymData as ReasoningGymData
 from .errors import ConfigError
 from .registry import EXPERTS, ROUTERS, TRAINERS, closest
 from .schema import Closed as Closed
@@ -121,84 +126,21 @@ class MixtureConfig(Closed):
     modules_to_save: list[Annotated[str, Field(pattern=r"^[\w.-]+$")]] = Field(default_factory=list)
 
 
-class ReasoningGymData(Closed):
-    """Procedurally generated tasks of the ``reasoning-gym`` package, each with its own scorer.
-
-    Attributes:
-        tasks: names of reasoning-gym data sets; per-task generator options may follow as a mapping.
-        train_size: training examples per task.
-        test_size: test examples per task.
-        seed: seed of the training examples; test examples come from ``test_seed``, and training examples with the same
-            question are left out.
-        system: system message of every prompt; ``None`` leaves it to the backbone's chat template.
-    """
-
-    kind: Literal["reasoning_gym"] = "reasoning_gym"
-    tasks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    train_size: Annotated[int, Field(gt=0)] = 500
-    test_size: Annotated[int, Field(gt=0)] = 50
-    seed: int = 0
-    test_seed: int = 1_000_003
-    system: str | None = None
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return {task: {} for task in value} if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _disjoint(self) -> Self:
-        if self.seed == self.test_seed:
-            raise ValueError(f"seed and test_seed are both {self.seed}: training and test examples would coincide")
-        return self
-
-
-class ColumnsConfig(Closed):
-    """Which columns of a user's data hold what; ``task`` is optional, and a text here that is no column is an error."""
-
-    prompt: str = "prompt"
-    answer: str = "answer"
-    task: str | None = None
-    system: str | None = None
-
-
-class DatasetData(Closed):
-    """A user's own data: a local JSONL, JSON, CSV or Parquet file, or a hub id, read through ``datasets``.
-
-    Attributes:
-        path: the file (or glob) of training examples, or a hub id.
-        test_path: the file of test examples; without it ``test_fraction`` of the training file is held out.
-        name: configuration name of a hub data set.
-        split: split to train on; test_split: split to evaluate on (hub ids).
-        limit: at most this many training examples.
-        columns: the column mapping.
-        system: system message of every prompt; ``columns.system`` gives one for each row instead.
-    """
-
-    kind: Literal["dataset"] = "dataset"
-    path: str
-    test_path: str | None = None
-    name: str | None = None
-    split: str = "train"
-    test_split: str | None = None
-    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    limit: Annotated[int, Field(gt=0)] | None = None
-    columns: ColumnsConfig = ColumnsConfig()
-    system: str | None = None
-    seed: int = 0
-
-
-DataConfig = Annotated[ReasoningGymData | DatasetData, Field(discriminator="kind")]
-
-
 class Recipe(Closed):
-    """One run in one file: backbone, mixture, data, trainer."""
+    """One run in one file: backbone, mixture, data, trainer.
+
+    Attributes:
+        max_length: of an example, in tokens; a longer one is left out.
+        packing: put several whole training examples into one row of at most ``max_length`` tokens; attention and
+            positions stay within each. A batch then counts rows.
+    """
 
     backbone: BackboneConfig = BackboneConfig()
     mixture: MixtureConfig
     data: DataConfig | None = None
     trainer: Annotated[Any, Plugged(TRAINERS, default="sft")] = Field(default_factory=dict)
     max_length: Annotated[int, Field(gt=0)] = 512
+    packing: bool = False
     output_dir: str = "runs/train"
     seed: int = 0
 

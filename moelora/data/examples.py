@@ -16,6 +16,7 @@ import datasets
 from ..config import ColumnsConfig, DatasetData, ReasoningGymData
 from ..errors import DataError
 from ..registry import closest
+from .options import read_options
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Example:
         system: system message; ``None`` leaves it to the backbone's chat template.
         metadata: what the task's own scorer needs (empty for a user's data, which is scored by exact match).
         options: generator options of the task, for its scorer.
+        choices: what a multiple-choice question offers, ``answer`` among it; empty for other questions.
     """
 
     prompt: str
@@ -42,6 +44,7 @@ class Example:
     system: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    choices: tuple[str, ...] = ()
 
 
 class Splits(NamedTuple):
@@ -228,7 +231,10 @@ def _rows(table: datasets.Dataset, config: DatasetData, where: str) -> list[Exam
                 )
         task = name if columns.task is None else str(row[columns.task])
         system = config.system if columns.system is None else row[columns.system]
-        examples.append(Example(cells["prompt"], cells["answer"], task, system))
+        choices: tuple[str, ...] = ()
+        if columns.options is not None:
+            choices, cells["answer"] = read_options(row[columns.options], row[columns.answer], f"{where}: row {number}")
+        examples.append(Example(cells["prompt"], cells["answer"], task, system, choices=choices))
     return examples
 
 
