@@ -7,8 +7,8 @@ Shapes: B batch, S sequence, T = B·S tokens, E experts, K picks, R stacked rank
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Self
 
 import torch
@@ -25,8 +25,9 @@ NO_TASK = "(no task)"
 class RoutingRecorder:
     """Within ``with RoutingRecorder(model) as recorder:`` counts every routing decision of ``model``.
 
-    Padding is left out. A token's task is that of its sequence: pass ``task_ids`` to the model's call. Counting goes on
-    where it stopped when the recorder is entered again. Recomputed forwards (gradient checkpointing) count once.
+    Padding is left out. A token's task is that of its sequence: pass ``task_ids`` to the model's call, or, where no
+    router should see them, name the tasks with :meth:`counting`. Counting goes on where it stopped when the recorder is
+    entered again. Recomputed forwards (gradient checkpointing) count once.
 
     Args:
         model: the mixture to listen to.
@@ -46,6 +47,7 @@ class RoutingRecorder:
         self._listening: AbstractContextManager[object] | None = None
         self._context: RoutingContext | None = None
         self._task_B: Tensor | None = None
+        self._named_B: Tensor | None = None
         self._adapters: list[str] = []
         self._names: dict[str, tuple[str, ...]] = {}
 
@@ -58,6 +60,26 @@ class RoutingRecorder:
         assert self._listening is not None
         self._listening.__exit__(None, None, None)
         self._listening = None
+
+    @contextmanager
+    def counting(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Within the block sequences belong to these tasks, whatever ``task_ids`` say, and routers hear nothing of it.
+
+        Args:
+            tasks: (B,) the task of each sequence of the batches to come; a single name stands for all sequences.
+
+        Raises:
+            DataError: a name that is not in ``task_names``.
+        """
+        unknown = sorted(set(tasks) - set(self.task_names))
+        if unknown:
+            raise DataError(f"the recorder knows no task {unknown[0]!r}, but {', '.join(self.task_names)}")
+        before, self._context = self._named_B, None
+        self._named_B = torch.tensor([self.task_names.index(task) for task in tasks])
+        try:
+            yield
+        finally:
+            self._named_B, self._context = before, None
 
     @torch.no_grad()
     def _hear(self, site: SiteInfo, record: RoutingRecord) -> None:
@@ -89,6 +111,8 @@ class RoutingRecorder:
 
     def _tasks(self, context: RoutingContext) -> Tensor | None:
         """(B,) row of each sequence's task; ``None`` where the tasks have no names."""
+        if self._named_B is not None:
+            return self._named_B
         ids = context.task_ids
         if ids is None or not self.task_names:
             return None

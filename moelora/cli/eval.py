@@ -1,11 +1,14 @@
-"""``moelora eval``: score a checkpoint on the test data of a recipe."""
+"""``moelora eval``: score a checkpoint on the test data of a recipe, or on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from .common import (
     AsJson,
     Backbone,
@@ -22,24 +25,78 @@ from .common import (
     load_model,
     load_questions,
     print_json,
-    print_table,
+    print_lines,
     read_questions,
-    stderr,
-    stdout,
 )
+from .eval_asked import HarnessAsked, QuestionsAsked, Score
 
 if TYPE_CHECKING:
-    from ..data import Example
-    from ..evaluation import Comparison, Report
+    from ..analysis import RoutingRecorder, RoutingStats
+    from ..mixture import MoELoRAModel
+
+HARNESS = "Tasks of lm-evaluation-harness (pip install 'moelora[eval]')"
+
+ScoreOption = Annotated[
+    Score,
+    typer.Option(
+        help="`generate`: the greedy answer, by the task's scorer. In one forward, so quicker: `exact`, whether the "
+        "greedy answer is the reference, token for token; and for questions with options (data.columns.options) "
+        "`options`, the most likely option, or `labels`, the most likely letter below a list of the options. "
+        "Example: `moelora eval runs/arc --score options data.columns.options=choices`"
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most this many questions of each task, the first ones.")]
+Routing = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the routing of each task, recorded meanwhile (routing.json, routing.csv), and for the scores "
+        "(scores.json). Example: `moelora eval runs/quickstart --routing report`"
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks, groups or tags by name, or .yaml files, with commas between them. "
+        "Example: `moelora eval runs/quickstart --tasks arc_easy,my_task.yaml --limit 100`",
+        rich_help_panel=HARNESS,
+    ),
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Examples in each prompt, for tasks that leave it open. "
+        "Example: `moelora eval runs/quickstart --tasks gsm8k --num-fewshot 5`",
+        rich_help_panel=HARNESS,
+    ),
+]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of .yaml files whose tasks can be named. "
+        "Example: `moelora eval runs/quickstart --tasks my_task --include-path my_tasks`",
+        rich_help_panel=HARNESS,
+    ),
+]
+ChatTemplate = Annotated[
+    bool, typer.Option("--chat-template", help="Ask through the tokenizer's chat template.", rich_help_panel=HARNESS)
+]
 
 
 def evaluate(
     path: Checkpoint,
     overrides: Overrides = None,
     recipe: RecipeOption = None,
+    score: ScoreOption = Score.GENERATE,
     baseline: Annotated[bool, typer.Option("--baseline", help="Score the bare backbone too, and compare.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    limit: Limit = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer, in tokens.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions, or answers, of one batch.")] = 16,
+    routing: Routing = None,
+    tasks: Tasks = None,
+    num_fewshot: NumFewshot = None,
+    include_path: IncludePath = None,
+    chat_template: ChatTemplate = False,
     backbone: Backbone = None,
     quantization: Quantization = None,
     revision: Revision = None,
@@ -49,56 +106,66 @@ def evaluate(
     local_files_only: LocalFilesOnly = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a checkpoint's greedy answers on test data, task by task, with 95 % intervals.
+    """Score a checkpoint on test data, task by task, with 95 % intervals; or on any task of lm-evaluation-harness.
 
     Example: `moelora eval runs/quickstart --baseline data.test_size=100`
     """
-    questions = read_questions(path, recipe, overrides, subfolder)
-    examples = load_questions(questions).test
-    hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
-    model = load_model(path, backbone, quantization, hub)
-    reports = {"mixture": _score(model, examples, max_new_tokens, batch_size)}
+    asked: HarnessAsked | QuestionsAsked
+    other: dict[str, Any]
+    if tasks is not None:
+        other = {"--recipe": recipe, "KEY=VALUE": overrides, f"--score {score}": score is not Score.GENERATE}
+        _refuse(other, "has no meaning with --tasks, which bring their own data and scores")
+        asked = HarnessAsked(tasks, include_path, limit, num_fewshot, chat_template, batch_size)
+    else:
+        other = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
+        _refuse(other | {"--chat-template": chat_template}, "belongs to --tasks of lm-evaluation-harness: name some")
+        questions = load_questions(read_questions(path, recipe, overrides, subfolder)).test
+        asked = QuestionsAsked(questions, score, limit, max_new_tokens, batch_size)
+    model = load_model(
+        path, backbone, quantization, hub_options(revision, subfolder, token, cache_dir, local_files_only)
+    )
+    recorder = None if routing is None else _recorder(model, asked.tasks, routing)
+    asked.ask("mixture", model, recorder)
     if baseline:
         with model.disable_experts():
-            reports["backbone"] = _score(model, examples, max_new_tokens, batch_size)
-    from ..evaluation import compare
-
-    difference = compare(examples, reports["mixture"], reports["backbone"]) if baseline else None
+            asked.ask("backbone", model, None)
+    result = {"path": path, **asked.result()}
+    stats = None if recorder is None else recorder.result(path, f"{', '.join(asked.tasks)}, while evaluating")
+    if stats is not None and routing is not None:
+        result |= _write(stats, result, routing)
     if as_json:
-        result: dict[str, Any] = {"path": path, **{name: report.to_dict() for name, report in reports.items()}}
-        print_json(result | ({"difference": vars(difference)} if difference else {}))
-    else:
-        _print(reports, difference)
+        print_json(result)
+        return
+    asked.show()
+    if stats is not None:
+        _tell(stats, routing)
 
 
-def _score(model: Any, examples: list[Example], max_new_tokens: int, batch_size: int) -> Report:
-    from rich.progress import Progress
-
-    from ..evaluation import score
-
-    with Progress(console=stderr(), transient=True) as progress:
-        task = progress.add_task("Answering", total=len(examples))
-        return score(
-            model,
-            model.tokenizer,
-            examples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, given in options.items():
+        if given:
+            raise ConfigError(f"{name} {why}")
 
 
-def _print(reports: dict[str, Report], difference: Comparison | None) -> None:
-    rows = []
-    for task, result in reports["mixture"].tasks.items():
-        cells = [report.tasks[task] for report in reports.values()]
-        rows.append([task, str(result.count), *(f"{c.mean:.3f} [{c.low:.3f}, {c.high:.3f}]" for c in cells)])
-    rows.append(["mean", "", *(f"{report.mean:.3f}" for report in reports.values())])
-    print_table("Score [95 % interval]", ["task", "questions", *reports], rows)
-    if difference is not None:
-        sure = "" if difference.low > 0 or difference.high < 0 else ": no difference can be told from these questions"
-        stdout().print(
-            f"mixture - backbone: {difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{sure}",
-            highlight=False,
-            markup=False,
-        )
+def _recorder(model: MoELoRAModel, tasks: list[str], folder: Path) -> RoutingRecorder:
+    from ..evaluation.routing import recorder_for
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--routing {folder}: cannot be written to ({error.strerror}): name a folder") from None
+    return recorder_for(model, tasks)
+
+
+def _write(stats: RoutingStats, result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from ..evaluation.routing import summary, write
+
+    write(stats, folder)
+    (folder / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return {"routing": summary(stats)}
+
+
+def _tell(stats: RoutingStats, folder: Path | None) -> None:
+    from ..analysis.findings import findings
+
+    print_lines([*(f"{finding.level}: {finding.text}" for finding in findings(stats)), f"wrote {folder}/routing.json"])

@@ -7,9 +7,9 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from ..data.chat import ChatFormat
 from ..data.examples import Example, gym_dataset
 from ..errors import DataError
+
+if TYPE_CHECKING:
+    from ..analysis import RoutingRecorder
 
 Progress = Callable[[int, int], None]
 Z = 1.959964  # two-sided 95 % of a normal distribution
@@ -45,7 +48,7 @@ class Report:
     Attributes:
         tasks: score of each task.
         mean: mean of the tasks' scores, each task counting the same.
-        answers, items: the generated answer and its score (0 to 1), in the order of the examples.
+        answers, items: the answer and its score (0 to 1), in the order of the examples.
     """
 
     tasks: dict[str, TaskScore]
@@ -79,18 +82,26 @@ def score(
     max_new_tokens: int = 16,
     batch_size: int = 16,
     progress: Progress | None = None,
+    recorder: RoutingRecorder | None = None,
 ) -> Report:
     """Let a model answer every question greedily, and score the answers; deterministic.
 
     Args:
         model: anything with ``generate`` and ``device``; a module is in ``eval`` mode meanwhile.
         progress: called with (questions answered, questions in all) after each batch.
+        recorder: counts the routing of each task, of ``model``; it knows the tasks of ``examples``.
 
     Raises:
         DataError: no examples, or the package that scores them is missing.
     """
     answers = generate_answers(
-        model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        model,
+        tokenizer,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        recorder=recorder,
     )
     return score_answers(examples, answers)
 
@@ -103,6 +114,7 @@ def generate_answers(
     max_new_tokens: int = 16,
     batch_size: int = 16,
     progress: Progress | None = None,
+    recorder: RoutingRecorder | None = None,
 ) -> list[str]:
     """The greedy answers, in the order of ``examples``; generated in left-padded batches of similar length."""
     if not examples:
@@ -110,13 +122,15 @@ def generate_answers(
     chat = ChatFormat(tokenizer)
     prompts = [chat.prompt_ids(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: -len(prompts[index]))
-    stops = _stops(model, tokenizer, chat)
+    stops = stop_ids(model, tokenizer, chat)
     answers = [""] * len(examples)
-    with _evaluating(model):
+    with evaluating(model), recorder or nullcontext():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [prompts[index] for index in chosen]
-            for index, text in zip(chosen, _greedy(model, tokenizer, batch, stops, max_new_tokens), strict=True):
+            with counting(recorder, [examples[index].task for index in chosen]):
+                texts = _greedy(model, tokenizer, batch, stops, max_new_tokens)
+            for index, text in zip(chosen, texts, strict=True):
                 answers[index] = text
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
@@ -150,7 +164,7 @@ def _greedy(
     return texts
 
 
-def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
     """Tokens at which an answer is over: the chat template's, the tokenizer's, the model's."""
     stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     # A template may end answers with several tokens, such as plain text; the first one alone is then no sign of an end.
@@ -163,7 +177,7 @@ def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> 
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """``eval`` mode and no gradients within the block; each module's mode is as before afterwards."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in training:
@@ -176,6 +190,11 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
+def counting(recorder: RoutingRecorder | None, tasks: Sequence[str]) -> AbstractContextManager[None]:
+    """What makes ``recorder``, if there is one, count the next batches for these tasks, one for each sequence."""
+    return nullcontext() if recorder is None else recorder.counting(tasks)
+
+
 def score_answers(examples: Sequence[Example], answers: Sequence[str]) -> Report:
     """Score given answers: by a procedural task's own scorer, else 1 for the right text and 0 for any other.
 
@@ -183,22 +202,27 @@ def score_answers(examples: Sequence[Example], answers: Sequence[str]) -> Report
     """
     gyms: dict[str, Any] = {}
     items = []
-    by_task: dict[str, list[float]] = {}
     for example, answer in zip(examples, answers, strict=True):
         if "source_dataset" in example.metadata:
             if example.task not in gyms:
                 gyms[example.task] = gym_dataset(example.task, example.options)
             entry = {"question": example.prompt, "answer": example.answer, "metadata": example.metadata}
-            item = float(gyms[example.task].score_answer(answer, entry))
+            items.append(float(gyms[example.task].score_answer(answer, entry)))
         else:
-            item = float(normalized(answer) == normalized(example.answer))
-        items.append(item)
+            items.append(float(normalized(answer) == normalized(example.answer)))
+    return report_of(examples, answers, items)
+
+
+def report_of(examples: Sequence[Example], answers: Sequence[str], items: Sequence[float]) -> Report:
+    """The report of answers whose scores (0 to 1) are known."""
+    by_task: dict[str, list[float]] = {}
+    for example, item in zip(examples, items, strict=True):
         by_task.setdefault(example.task, []).append(item)
     tasks = {
         name: TaskScore(_mean(values), *wilson(_mean(values), len(values)), len(values))
         for name, values in by_task.items()
     }
-    return Report(tasks, _mean([task.mean for task in tasks.values()]), list(answers), items)
+    return Report(tasks, _mean([task.mean for task in tasks.values()]), list(answers), list(items))
 
 
 def majority(train: Sequence[Example], test: Sequence[Example]) -> Report:
@@ -234,8 +258,12 @@ def compare(examples: Sequence[Example], one: Report, other: Report, *, draws: i
     by_task: dict[str, list[float]] = {}
     for example, first, second in zip(examples, one.items, other.items, strict=True):
         by_task.setdefault(example.task, []).append(first - second)
+    return bootstrap(list(by_task.values()), draws=draws, seed=seed)
+
+
+def bootstrap(groups: Sequence[Sequence[float]], *, draws: int = 2000, seed: int = 0) -> Comparison:
+    """The mean of the groups' means, with an interval from resampling the differences within each group."""
     rng = random.Random(seed)  # noqa: S311 - not for cryptography
-    groups = list(by_task.values())
     means = sorted(_mean([_mean(rng.choices(group, k=len(group))) for group in groups]) for _ in range(draws))
     return Comparison(_mean([_mean(group) for group in groups]), means[int(draws * 0.025)], means[int(draws * 0.975)])
 
