@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..registry import closest
-from .examples import Example, task_names
+from .conversations import IGNORE, conversation_tokens, render
+from .example import Example, last_answer, task_names
 
 logger = logging.getLogger(__name__)
 
-IGNORE = -100
 Row = dict[str, Any]
 
 
@@ -52,8 +52,24 @@ class ChatFormat:
         """The tokens that end an answer."""
         return list(self._end_ids)
 
+    def tokens(self, example: Example) -> tuple[list[int], list[int]]:
+        """Tokens of the whole example, and its labels: -100 where there is no loss.
+
+        Raises:
+            DataError: a conversation that the chat template does not write so that one can tell who wrote what.
+        """
+        if example.messages:
+            self._refuse_untemplated()
+            return conversation_tokens(self.tokenizer, example.turns, self._end_ids, example.last_turn_only)
+        prompt, answer = self.prompt_ids(example), self.answer_ids(example)
+        return prompt + answer, [IGNORE] * len(prompt) + answer
+
     def prompt_ids(self, example: Example) -> list[int]:
-        """Tokens of the question, up to where the answer begins."""
+        """Tokens of the question, up to where the answer begins; of a conversation, its last answer."""
+        if example.messages:
+            self._refuse_untemplated()
+            turns = example.turns
+            return self._ids(render(self.tokenizer, turns[: last_answer(turns)], add_generation_prompt=True))
         if self._templated:
             return self._ids(self._render(example.prompt, example.system))
         text = example.prompt if example.system is None else f"{example.system}\n\n{example.prompt}"
@@ -65,6 +81,10 @@ class ChatFormat:
         """Tokens of the answer and its end."""
         answer = example.answer if self._templated else f" {example.answer}"
         return self._ids(answer) + self._end_ids
+
+    def _refuse_untemplated(self) -> None:
+        if not self._templated:
+            raise DataError("conversations are written by a chat template, and this tokenizer has none: set one")
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -79,8 +99,7 @@ class ChatFormat:
         turns.append({"role": "user", "content": prompt})
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-        return str(text)
+        return render(self.tokenizer, turns, add_generation_prompt=answer is None)
 
     def _has_system_turn(self) -> bool:
         """Some templates refuse a system turn; then it goes in front of the question."""
@@ -109,7 +128,8 @@ class TokenizedSet(Dataset[Row]):
     """Tokenised examples, for :class:`transformers.Trainer`.
 
     Attributes:
-        rows: ``input_ids`` and ``labels`` (lists of the same length), ``task_ids`` (int).
+        rows: ``input_ids`` and ``labels`` (lists of the same length), ``task_ids`` (int), and ``task_types`` (int) where
+            the examples have a type.
         tasks: name of each task id.
         dropped: how many examples were longer than ``max_length``.
     """
@@ -130,47 +150,81 @@ class TokenizedSet(Dataset[Row]):
         return sum(len(row["input_ids"]) for row in self.rows)
 
 
+class RowMaker:
+    """Examples, one by one, as rows of a :class:`TokenizedSet`.
+
+    Attributes:
+        tasks: name of each task id. made, dropped: how many rows were made, and how many examples were too long.
+        shortest: tokens of the shortest of those that were too long; 0 if none was.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, tasks: Sequence[str]) -> None:
+        self.chat = ChatFormat(tokenizer)
+        self.max_length = max_length
+        self.tasks = list(tasks)
+        self._index = {name: number for number, name in enumerate(self.tasks)}
+        self._typed: bool | None = None
+        self.made, self.dropped, self.shortest = 0, 0, 0
+
+    def __call__(self, example: Example) -> Row | None:
+        """The row of an example, or ``None`` if it is too long.
+
+        Raises:
+            DataError: an unknown task, a type of the task where others have none or the other way about, or a
+                conversation that cannot be written; the message shows the beginning of the example.
+        """
+        if example.task not in self._index:
+            known = ", ".join(self.tasks)
+            raise DataError(f"task {example.task!r} is not among {known}{closest(example.task, self.tasks)}")
+        typed = example.task_type is not None
+        if self._typed not in (None, typed):
+            raise DataError(f"some examples have a task type and some have none; one of task {example.task!r} differs")
+        self._typed = typed
+        try:
+            ids, labels = self.chat.tokens(example)
+        except DataError as error:
+            raise DataError(f"the example that asks {example.prompt[:60]!r}: {error}") from error
+        if len(ids) > self.max_length:
+            self.dropped += 1
+            self.shortest = min(self.shortest or len(ids), len(ids))
+            return None
+        self.made += 1
+        row = {"input_ids": ids, "labels": labels, "task_ids": self._index[example.task]}
+        return {**row, "task_types": example.task_type} if typed else row
+
+    def refuse_all_dropped(self) -> None:
+        """Raise :class:`DataError` if examples came and every one was too long."""
+        if self.dropped and not self.made:
+            raise DataError(
+                f"max_length is {self.max_length} tokens, but the shortest of {self.dropped} examples has "
+                f"{self.shortest}: raise it"
+            )
+
+
 def tokenize(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     tasks: Sequence[str] | None = None,
 ) -> TokenizedSet:
-    """Examples as token ids with labels on the answer and its end only.
+    """Examples as token ids with labels on the answer and its end only, or on what the assistant says.
 
     Args:
         max_length: in tokens; a longer example is left out whole, because a cut question has another answer.
         tasks: name of each task id, from the training set; by default the tasks of ``examples`` in alphabetical order.
 
     Raises:
-        DataError: no examples, a task that is not in ``tasks``, or every example is too long.
+        DataError: no examples, every example is too long, or one that :class:`RowMaker` refuses.
     """
-    chat = ChatFormat(tokenizer)
     examples = list(examples)
     if not examples:
         raise DataError("there are no examples to tokenise: the data set is empty")
-    names = task_names(examples) if tasks is None else list(tasks)
-    index = {name: number for number, name in enumerate(names)}
-    rows: list[Row] = []
-    shortest = 0
-    for example in examples:
-        if example.task not in index:
-            raise DataError(f"task {example.task!r} is not among {', '.join(names)}{closest(example.task, names)}")
-        prompt, answer = chat.prompt_ids(example), chat.answer_ids(example)
-        length = len(prompt) + len(answer)
-        if length > max_length:
-            shortest = min(shortest or length, length)
-            continue
-        labels = [IGNORE] * len(prompt) + answer
-        rows.append({"input_ids": prompt + answer, "labels": labels, "task_ids": index[example.task]})
-    dropped = len(examples) - len(rows)
-    if not rows:
-        raise DataError(
-            f"max_length is {max_length} tokens, but the shortest of {dropped} examples has {shortest}: raise it"
-        )
-    if dropped:
-        logger.warning("%d of %d examples are longer than %d tokens: left out", dropped, len(examples), max_length)
-    return TokenizedSet(rows, names, dropped)
+    make = RowMaker(tokenizer, max_length, task_names(examples) if tasks is None else tasks)
+    rows = [row for row in map(make, examples) if row is not None]
+    make.refuse_all_dropped()
+    if make.dropped:
+        logger.warning("%d of %d examples are longer than %d tokens: left out", make.dropped, len(examples), max_length)
+    return TokenizedSet(rows, make.tasks, make.dropped)
 
 
 @dataclass(frozen=True)

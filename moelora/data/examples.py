@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def load_examples(config: DataConfig, task: str | None = None) -> Splits:
     """The examples that a configuration describes; the same configuration always gives the same ones.
 
-    No question of the test examples occurs among the training examples, and none occurs twice, but where the plan of a
-    mixture takes an example several times. Of a stream the test examples alone are read.
+    No question of the test examples occurs among the training examples, and none occurs twice within a data set; the
+    plan of a mixture may take an example several times. Of a stream the test examples alone are read.
 
     Args:
         task: of the rows of a user's table, where no column says it.
@@ -41,13 +41,8 @@ def load_examples(config: DataConfig, task: str | None = None) -> Splits:
 
 def streamed(config: DataConfig) -> dict[str, DatasetData]:
     """The sources of a stream, by name; empty where the data are read before training."""
-    if isinstance(config, MixtureData):
-        return (
-            {name: source for name, source in config.sources.items() if isinstance(source, DatasetData)}
-            if (config.streaming)
-            else {}
-        )
-    return {"": config} if isinstance(config, DatasetData) and config.streaming else {}
+    named = config.sources if isinstance(config, MixtureData) else {"": config}
+    return {name: source for name, source in named.items() if isinstance(source, DatasetData) and source.streaming}
 
 
 def _mixture(config: MixtureData) -> Splits:
