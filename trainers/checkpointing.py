@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import socket
@@ -11,15 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import save_fsdp_optimizer
 from filelock import FileLock, Timeout
 from torch import nn
 from transformers import Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from .. import checkpoints, files
 from ..errors import CheckpointError, ConfigError, UserError
 from ..mixture import MoELoRAModel
+from .sharded import (
+    fill,
+    gather_with_containers,
+    optimizer_state_only,
+    refuse_foreign_state,
+    whole_shape,
+    whole_state,
+)
 
 # The Trainer leaves out what begins with an underscore when it uploads a run's folder.
 STAGING = "_staging-"
@@ -152,18 +162,31 @@ class CheckpointingTrainer(Trainer):
         if self._push_after_commit:
             self._push_from_checkpoint(str(final))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the mixture in one piece, whatever it is spread over; every process has to call this."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call)
             return
-        # DeepSpeed would write the frozen backbone too; the Trainer stops it for PEFT models only.
-        engine: Any = self.model_wrapped
-        save = engine.save_checkpoint
-        engine.save_checkpoint = functools.partial(save, exclude_frozen_parameters=True)
-        try:
+        self._save(output_dir, state_dict=whole_state(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Both would write the frozen backbone too (the Trainer stops DeepSpeed for PEFT models only), and the adapter,
+        # which lies in the checkpoint already.
+        if self.is_fsdp_enabled:
+            plugin, accelerator = self.accelerator.state.fsdp_plugin, self.accelerator
+            save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        elif self.is_deepspeed_enabled:
+            with optimizer_state_only(self.model_wrapped):
+                super()._save_optimizer_and_scheduler(output_dir)
+            for script in Path(output_dir).glob("zero_to_*.py") if self.args.should_save else ():
+                script.unlink()  # they recover weights from what is not there
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-        finally:
-            engine.save_checkpoint = save
 
     # -- uploading -----------------------------------------------------------------------------------------------
 
@@ -181,36 +204,35 @@ class CheckpointingTrainer(Trainer):
     # -- loading -------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        if not self.is_fsdp_enabled:  # else before it was spread
             self._restore_adapter(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            assert self.state.best_model_checkpoint is not None
-            self._restore_adapter(Path(self.state.best_model_checkpoint))
+        assert self.state.best_model_checkpoint is not None
+        self._restore_adapter(Path(self.state.best_model_checkpoint))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+            gather_with_containers(self.model)
+        if resume_from_checkpoint is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            refuse_foreign_state(Path(resume_from_checkpoint), self._run_dir, self.args.world_size)
+            self._restore_adapter(Path(resume_from_checkpoint))
         deepspeed = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         given = None if deepspeed else resume_from_checkpoint
         result = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, given
         )
         if deepspeed:
-            # As the Trainer does for PEFT models: DeepSpeed's files lack the frozen backbone, so not strictly.
+            # As the Trainer does for PEFT models: DeepSpeed's files hold no weights, so not strictly.
             assert resume_from_checkpoint is not None
-            self._stored(Path(resume_from_checkpoint))
             deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return result
 
     def _restore_adapter(self, folder: Path) -> None:
         stored = self._stored(folder)
-        declared = {name: tuple(value.shape) for name, value in self.model.adapter_tensors().items()}
-        self.model.load_adapter_state(stored.tensors(declared))
+        shapes = {name: whole_shape(value) for name, value in self.model.adapter_tensors().items()}
+        fill(self.model, stored.tensors(shapes))
 
     def _stored(self, folder: Path) -> checkpoints.Stored:
         stored = checkpoints.read(folder)
