@@ -36,6 +36,14 @@ _OPCODES = {
 }
 
 
+# How many values an instruction takes from the stack; None is all down to the last mark.
+_TAKEN = {
+    **{"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3},
+    **{"BINPERSID": 1, "REDUCE": 2, "SETITEM": 2, "SETITEMS": None},
+}
+_MAX_IN_A_TUPLE = 1000
+
+
 @dataclass(frozen=True)
 class _Kind:
     dtype: str
@@ -73,7 +81,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: A
     numbers = [offset, *shape, *stride]
     if not isinstance(storage, _Storage) or len(shape) != len(stride):
         raise ValueError("a tensor without storage")
-    if any(type(number) is not int or number < 0 for number in numbers):
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
         raise ValueError("a tensor whose extent is not made of whole numbers")
     return _Extent(storage, offset, tuple(shape), tuple(stride))
 
@@ -109,7 +117,39 @@ class _Describer(pickle.Unpickler):
         tag, kind, key, _, numel = pid
         if tag != "storage" or not isinstance(kind, _Kind) or type(numel) is not int or numel < 0:
             raise ValueError("a storage of an unknown form")
-        return _Storage(kind, str(key), numel)
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
+        return _Storage(kind, key, numel)
+
+
+def _most_in_a_tuple(instructions: Iterable[tuple[str, Any]]) -> int:
+    """How many values there are in the largest tuple, those of tuples in it included.
+
+    One that is there twice counts twice: of sixty tuples, each with the one before it twice, the last would never be
+    hashed, as it is where it is a key.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    most = 0
+    for name, argument in instructions:
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in _TAKEN:
+            taken = _TAKEN[name]
+            first = marks.pop() if taken is None else len(stack) - taken
+            count = sum(stack[first:])
+            del stack[first:]
+            if not name.startswith("SETITEM"):
+                stack.append(count + name.startswith("TUPLE"))
+                most = max(most, stack[-1])
+        elif name not in ("PROTO", "STOP"):
+            stack.append(1)
+    return most
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -271,6 +311,8 @@ class PickleFile(TensorFile):
             # A huge memo index would make the unpickler allocate as much.
             if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > len(content)):
                 raise self._refuse(f"the pickle instruction {opcode.name}, which could run code or exhaust memory")
+        if _most_in_a_tuple((opcode.name, argument) for opcode, argument, _ in instructions) > _MAX_IN_A_TUPLE:
+            raise self._refuse("a tuple that unfolds to more than a tensor's description")
 
     def _refuse(self, found: str) -> CheckpointError:
         return CheckpointError(

@@ -312,6 +312,14 @@ def huge_extent(folder: Path) -> None:
     with_pickle(content[:at] + b"J" + struct.pack("<i", 10**9) + content[at + 2 :])(folder)
 
 
+def huge_stride(folder: Path) -> None:
+    """A tensor whose numbers are as far apart as torch cannot say."""
+    with zipfile.ZipFile(folder / BIN) as archive:
+        content = archive.read("adapter_model/data.pkl")
+    at = content.index(b"K K\x01", content.index(BIN_KEY.encode()))  # its stride, (32, 1)
+    with_pickle(content[:at] + b"\x8a\xff" + b"\x01" * 255 + content[at + 2 :])(folder)
+
+
 def compressed(folder: Path) -> None:
     with zipfile.ZipFile(folder / BIN) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -338,6 +346,7 @@ def in_archive(change: Callable[[bytes], bytes]) -> Change:
     return apply
 
 
+TUPLE_BOMB = b"\x80\x02}()q\x00" + b"h\x00h\x00\x86q\x00" * 61 + b"u."
 BYTES_BOMB = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
 TWO_WAYS = [BIN, "an archive that can be read in two ways", "do not load it"]
 MEMO_BOMB = pickle.PROTO + b"\x02" + b"}" + b"r" + struct.pack("<I", 2**32 - 1) + b"."
@@ -348,6 +357,7 @@ MIXLORA: dict[str, tuple[Change, list[str]]] = {
     "bare pickle": (raw_pickle, [BIN, "expected a torch.save file", "do not load it"]),
     "pickle that names a builtin": (with_pickle(BUILTIN), [BIN, "builtins.eval", "could run code"]),
     "pickle that exhausts memory": (with_pickle(MEMO_BOMB), [BIN, "LONG_BINPUT", "exhaust memory"]),
+    "pickle whose keys are never hashed": (with_pickle(TUPLE_BOMB), [BIN, "a tuple that unfolds", "do not load it"]),
     "pickle that ends early": (with_pickle(b"\x80\x02}"), [BIN, "cannot be read", "flat dict of tensors"]),
     "pickle of a list": (with_pickle(b"\x80\x02)."), [BIN, "flat dict of tensors, found a tuple"]),
     "compressed archive": (compressed, [BIN, "compressed members"]),
@@ -357,6 +367,7 @@ MIXLORA: dict[str, tuple[Change, list[str]]] = {
     "archive with a comment": (in_archive(lambda content: content[:-2] + b"\4\0text"), TWO_WAYS),
     "archive with another list of members": (in_archive(lambda c: c[:-34] + struct.pack("<Q", 9) + c[-26:]), TWO_WAYS),
     "tensor beyond its bytes": (huge_extent, [BIN, BIN_KEY, "(1000000000, 32) without the bytes for it"]),
+    "tensor with a huge stride": (huge_stride, [BIN, "a tensor whose extent is not made of whole numbers"]),
     "tensor in a list": (in_bin(lambda t: {**t, "x": [torch.zeros(1)]}), [BIN, "flat dict"]),
     "text among the tensors": (in_bin(lambda t: {**t, "x": "y"}), [BIN, "'x' that is no tensor"]),
     "nested dict": (in_bin(lambda t: {"state": t}), [BIN, "'state' that is no tensor"]),
