@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..registry import TRAINERS
-from . import remix, sft
+from . import lora_mixer, remix, sft
 from .live import LiveProgress, TimeBudget
+from .lora_mixer import LoRAMixerTrainer
 from .mixture_trainer import MixtureTrainer
 from .remix import RemixTrainer
 from .sft import SFTTrainer
@@ -15,11 +16,13 @@ get = TRAINERS.get
 __all__ = [
     "TRAINERS",
     "LiveProgress",
+    "LoRAMixerTrainer",
     "MixtureTrainer",
     "RemixTrainer",
     "SFTTrainer",
     "TimeBudget",
     "get",
+    "lora_mixer",
     "names",
     "remix",
     "sft",
