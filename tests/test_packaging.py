@@ -21,6 +21,9 @@ pytestmark = pytest.mark.smoke
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("experts", "model_cards", "routers", "trainers")
+# Folders of files that `moelora launch` reads. They are named after packages that a script beside them imports, which
+# an __init__.py would hide.
+FILES = ("scripts/accelerate", "scripts/deepspeed")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
@@ -31,8 +34,8 @@ def source_folders() -> dict[str, Path]:
     for init in (ROOT / "moelora").glob("*/__init__.py"):
         if not init.parent.is_symlink():
             folders[f"moelora.{init.parent.name}"] = init.parent
-    for name in MAPPED:
-        folders[f"moelora.{name}"] = ROOT / name
+    for name in (*MAPPED, *FILES):
+        folders[f"moelora.{name.replace('/', '.')}"] = ROOT / name
     return folders
 
 
@@ -41,10 +44,11 @@ def test_wheel_lists_every_package_on_disk() -> None:
 
 
 def test_folders_are_mapped_and_flat() -> None:
-    mapping = {"moelora": "moelora"} | {f"moelora.{name}": name for name in MAPPED}
+    mapping = {"moelora": "moelora"} | {f"moelora.{name.replace('/', '.')}": name for name in (*MAPPED, *FILES)}
     assert SETUPTOOLS["package-dir"] == mapping
     for package, folder in source_folders().items():
-        assert (folder / "__init__.py").is_file(), f"{folder} has no __init__.py"
+        is_code = folder.relative_to(ROOT).as_posix() not in FILES
+        assert (folder / "__init__.py").is_file() == is_code, f"{folder} needs an __init__.py, or must not have one"
         if package != "moelora":
             nested = [path for path in folder.rglob("*/*.py")]
             assert not nested, f"{package} must stay flat: {nested}"

@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .info import info
+from .launch import launch
 from .quickstart import quickstart
 from .schema import schema
 from .train import train
@@ -43,6 +44,7 @@ app = typer.Typer(
 
 app.command()(quickstart)
 app.command()(train)
+app.command()(launch)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(analyze)
@@ -101,7 +103,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _say(message: str) -> None:
-    stderr().print("[bold red]error:[/] ", end="")
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    stderr().print("[bold red]error:[/] " if rank is None else f"[bold red]error (rank {rank}):[/] ", end="")
     stderr().print(message, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,0 +1,99 @@
+"""How many examples, tokens and optimizer steps a recipe has, as far as that can be counted without any weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from .backbone import load_tokenizer
+from .config import Recipe
+from .errors import UserError
+from .gguf import DEFAULT_BACKBONE, GGUF_SHA256, cache_folder
+
+# More are not tokenised for a plan: the mean of so many is good enough.
+SAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class Data:
+    """Of the training data; ``None`` where it is not known.
+
+    Attributes:
+        examples: of one epoch. tokens: of one epoch, without padding. tokens_exact: not from a sample.
+        steps: optimizer steps of the whole run. batch: examples (or packed rows) of one step.
+        unknown: why something is not known.
+    """
+
+    examples: int | None
+    tokens: int | None
+    tokens_exact: bool
+    steps: int | None
+    batch: int
+    unknown: list[str]
+
+    def lines(self) -> Iterator[str]:
+        """As text."""
+
+        def shown(value: int | None) -> str:
+            return "unknown" if value is None else f"{value:,}"
+
+        yield f"training examples     {shown(self.examples):>16}"
+        sampled = "" if self.tokens_exact or self.tokens is None else "  from a sample"
+        yield f"tokens of an epoch    {shown(self.tokens):>16}{sampled}"
+        yield f"optimizer steps       {shown(self.steps):>16}  of {self.batch:,} examples"
+        yield from (f"unknown: {reason}" for reason in self.unknown)
+
+
+def count_data(recipe: Recipe, world: int) -> Data:
+    """Count what a recipe trains on."""
+    defaults = {field.name: field.default for field in fields(TrainingArguments)} | {"num_train_epochs": 1}
+    args: dict[str, Any] = {**defaults, **recipe.trainer.args}
+    size, accumulation = int(args["per_device_train_batch_size"]), int(args["gradient_accumulation_steps"])
+    batch = size * accumulation * world
+    fixed = int(args["max_steps"]) if int(args["max_steps"]) > 0 else None
+    if recipe.data is None:
+        return Data(None, None, False, fixed, batch, ["the recipe names no data"])
+    from .data import load_examples, tokenize
+
+    try:
+        examples = load_examples(recipe.data).train
+    except UserError as error:
+        return Data(None, None, False, fixed, batch, [str(error)])
+    unknown: list[str] = []
+    tokens, exact, count = None, len(examples) <= SAMPLE, len(examples)
+    tokenizer = _tokenizer(recipe)
+    if tokenizer is None:
+        unknown.append("tokens, for want of the backbone's tokenizer on this machine")
+    else:
+        rows = tokenize(examples[:SAMPLE], tokenizer, recipe.max_length)
+        tokens = round(rows.num_tokens * len(examples) / len(examples[:SAMPLE]))
+        count = len(rows) if exact else count
+    steps = fixed
+    if fixed is None and recipe.packing:
+        unknown.append("steps, which depend on how examples are packed")
+    elif fixed is None:
+        batches = math.ceil(math.ceil(count / size) / world)
+        steps = math.ceil(float(args["num_train_epochs"]) * max(1, math.ceil(batches / accumulation)))
+    return Data(count, tokens, exact, steps, batch, unknown)
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    """The backbone's tokenizer where it is on this machine already."""
+    name = recipe.backbone.name
+    if name == DEFAULT_BACKBONE:
+        folder = cache_folder() / "backbones" / f"{DEFAULT_BACKBONE}-{GGUF_SHA256[:12]}"
+        if not folder.is_dir():
+            return None
+        name = str(folder)
+    if name.lower().endswith(".gguf"):
+        return None
+    places = {"revision": recipe.backbone.revision, "subfolder": recipe.backbone.subfolder or ""}
+    try:
+        return load_tokenizer(recipe.backbone.name, str(Path(name).expanduser()), {**places, "local_files_only": True})
+    except (OSError, ValueError, UserError):
+        return None
