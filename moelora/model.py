@@ -132,6 +132,7 @@ class MoELoRAModel(Saving):
         task_ids: Tensor | None = None,
         task_types: Tensor | None = None,
         request_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         modality_mask: Tensor | None = None,
         phase: str | None = None,
         step_load: StepLoad | None = None,
@@ -144,6 +145,7 @@ class MoELoRAModel(Saving):
         Args:
             input_ids: (B, S). attention_mask: (B, S), 1 on real tokens. labels: (B, S), -100 where there is no loss.
             task_ids, task_types, request_ids: (B,) for routers and recorders that use them.
+            segment_ids: (B, S) of a packed batch, see ``data/packing.py``; the backbone then goes by ``position_ids``.
             modality_mask: (B, S) int64, the modality of each token. phase: for methods that train in stages.
             step_load: totals of the optimizer step that this batch is a part of.
             aux_scale: factor of all auxiliary losses in ``loss``, for a warm-up of their coefficients.
@@ -157,9 +159,12 @@ class MoELoRAModel(Saving):
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         kwargs.update({name: value for name, value in named.items() if value is not None})
+        if segment_ids is not None:  # a backbone goes by positions only where it has neither mask nor cache
+            kwargs.pop("attention_mask", None)
+            kwargs["use_cache"] = False
         as_tuple = kwargs.pop("return_dict", True) is False
         routing: dict[str, Any] = {"task_ids": task_ids, "task_types": task_types, "request_ids": request_ids}
-        routing |= {"modality_mask": modality_mask, "phase": phase}
+        routing |= {"segment_ids": segment_ids, "modality_mask": modality_mask, "phase": phase}
         heard: Heard = []
         keep = torch.is_grad_enabled() or labels is not None or with_log_prob
         listener = (lambda site, record: heard.append((site, record))) if keep else None

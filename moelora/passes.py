@@ -117,6 +117,8 @@ class Passes:
         batch, length = tokens.shape[:2]
         context = before.expand_to(batch)
         mask = _token_mask(kwargs, batch, length)
+        if mask is None and context.segment_ids is not None and context.segment_ids.shape == (batch, length):
+            mask = context.segment_ids >= 0
         if module is self.decoder:
             context = _in_decoder(context, mask, tokens, kwargs)
         else:

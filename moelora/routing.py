@@ -70,6 +70,8 @@ class RoutingContext:
         token_mask: (B, S) bool, ``True`` on real tokens; ``None`` means that all tokens are real.
         task_ids: (B,) int64, the task of each sequence. task_types: (B,) int64, the type of each task.
         request_ids: (B,) int64, the request that each sequence belongs to.
+        segment_ids: (B, S) int64, the example of each token of a packed batch, numbered over all of it, -1 in padding;
+            then ``task_ids`` and ``task_types`` are (B, S), those of each token's example.
         modality_mask: (B, S) int64, the modality of each token; of an encoder-decoder those of the encoder, since what
             the decoder writes is text, 0.
         phase: free text that staged methods switch on.
@@ -92,6 +94,7 @@ class RoutingContext:
     task_ids: Tensor | None = None
     task_types: Tensor | None = None
     request_ids: Tensor | None = None
+    segment_ids: Tensor | None = None
     modality_mask: Tensor | None = None
     phase: str | None = None
     generator: torch.Generator | None = None

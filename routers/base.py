@@ -32,6 +32,14 @@ class RouterConfig(Pluggable):
     def check(self, num_experts: int, total_rank: int) -> None:
         """Raise ``ValueError`` where the options do not fit so many experts with so many ranks together."""
 
+    def needs(self) -> dict[str, str]:
+        """Fields of the routing context that training cannot do without, and how to do without them all the same."""
+        return {}
+
+    def refuses_packing(self) -> str | None:
+        """Why the router cannot train on rows that hold several examples; ``None`` where it can."""
+        return None
+
     def coefficients(self) -> dict[str, float]:
         """Factor of each loss that :meth:`Router.losses` returns, by name."""
         return {}

@@ -53,6 +53,9 @@ class MaskConfig(RouterConfig):
                 raise ValueError(f"table names an expert twice in {row}")
         return self
 
+    def needs(self) -> dict[str, str]:
+        return {FIELDS[self.by]: "route by something else with router.by"}
+
     def check(self, num_experts: int, total_rank: int) -> None:
         most = max((expert for row in self.table or [] for expert in row), default=0)
         if most >= num_experts:

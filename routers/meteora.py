@@ -55,6 +55,9 @@ class MeteoRAConfig(RouterConfig):
     def check(self, num_experts: int, total_rank: int) -> None:
         check_top_k(self.top_k, num_experts)
 
+    def refuses_packing(self) -> str | None:
+        return "the loss 'gate' goes by the task of a row: set gate_loss_coef to 0" if self.gate_loss_coef > 0 else None
+
     def coefficients(self) -> dict[str, float]:
         return {"gate": self.gate_loss_coef}
 

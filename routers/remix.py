@@ -58,6 +58,9 @@ class RemixConfig(GateConfig):
     def check(self, num_experts: int, total_rank: int) -> None:
         check_top_k(self.top_k, num_experts)
 
+    def refuses_packing(self) -> str | None:
+        return "the router learns by comparing the losses of single examples, and a packed row has one of several"
+
 
 @ROUTERS.register("remix")
 class RemixRouter(GateRouter[RemixConfig]):

@@ -65,6 +65,17 @@ class SoftmaxConfig(GateConfig):
                 "choose an even num_experts, list router.expert_types, or set router.aux_loss_coef to 0"
             )
 
+    def needs(self) -> dict[str, str]:
+        if self.aux_loss_coef == 0 or self.types_of_tasks is not None:
+            return {}
+        return {"task_types": "set router.aux_loss_coef to 0"}
+
+    def refuses_packing(self) -> str | None:
+        padding = self.aux_loss_coef > 0 and self.count_padding
+        return (
+            "count_padding counts the padding of each sequence, and packed rows have none: drop it" if padding else None
+        )
+
     def coefficients(self) -> dict[str, float]:
         return {"localized_balance": self.aux_loss_coef}
 
@@ -108,11 +119,16 @@ class SoftmaxRouter(GateRouter[SoftmaxConfig]):
         """
         if self.config.aux_loss_coef == 0:
             return {"localized_balance": records[0].weights.new_zeros(())}
-        types_B = self._types(context)
-        return {"localized_balance": torch.stack([self._imbalance(record, types_B) for record in records]).sum()}
+        types = self._types(context)
+        segments = context.segment_ids
+        if segments is None:
+            values = [self._imbalance(record, types) for record in records]
+        else:
+            values = [self._packed_imbalance(record, types, segments) for record in records]
+        return {"localized_balance": torch.stack(values).sum()}
 
     def _types(self, context: RoutingContext) -> Tensor:
-        """(B,) the type of each sequence."""
+        """(B,) the type of each sequence, or (B, S) of a packed batch."""
         if context.task_types is not None:
             return context.task_types
         if context.task_ids is not None and self.config.types_of_tasks is not None:
@@ -137,9 +153,34 @@ class SoftmaxRouter(GateRouter[SoftmaxConfig]):
                 "for each sequence"
             )
         importance_BE = weights.flatten(1, -2).sum(1)
-        own_BE = types_B.to(weights.device, non_blocking=True).unsqueeze(-1) == self.expert_types.to(weights.device)
-        Z_BE = torch.where(own_BE, 1 + self.config.delta, 1 - self.config.delta) * importance_BE
+        Z_BE = self._localized(types_B.to(weights.device, non_blocking=True)) * importance_BE
         if Z_BE.numel() <= 1:
             return Z_BE.new_zeros(())
-        mean = Z_BE.mean()
-        return Z_BE.var() / ((mean.square() if self.config.form == "released" else mean) + EPSILON)
+        return self._dispersion(Z_BE.mean(), Z_BE.var())
+
+    def _packed_imbalance(self, record: RoutingRecord, types_BS: Tensor, segments_BS: Tensor) -> Tensor:
+        """The same of a packed batch, of whose N sequences each has its own number.
+
+        N is known to the device alone, so there is room for a sequence per token, of which all but N stay empty.
+        """
+        weights_TE = record.weights.reshape(-1, record.weights.shape[-1])
+        segments_T = segments_BS.reshape(-1).to(weights_TE.device)
+        if len(segments_T) != len(weights_TE):
+            raise UserError(f"segment_ids are of {len(segments_T)} tokens, but {len(weights_TE)} were routed")
+        real_T = segments_T >= 0
+        own_TE = self._localized(types_BS.reshape(-1).to(weights_TE.device))
+        weighted_TE = torch.where(real_T.unsqueeze(-1), own_TE * weights_TE, 0)
+        Z_NE = torch.zeros_like(weighted_TE).index_add(0, segments_T.clamp(min=0), weighted_TE)
+        count = (segments_T.max() + 1) * Z_NE.shape[-1]
+        there_N = torch.arange(len(Z_NE), device=Z_NE.device) <= segments_T.max()
+        mean = Z_NE.sum() / count
+        variance = torch.where(there_N.unsqueeze(-1), Z_NE - mean, 0).square().sum() / (count - 1).clamp(min=1)
+        return self._dispersion(mean, variance)
+
+    def _localized(self, types: Tensor) -> Tensor:
+        """(..., E): ``1 + delta`` for the experts of each type, ``1 - delta`` for the others."""
+        own = types.unsqueeze(-1) == self.expert_types.to(types.device)
+        return torch.where(own, 1 + self.config.delta, 1 - self.config.delta)
+
+    def _dispersion(self, mean: Tensor, variance: Tensor) -> Tensor:
+        return variance / ((mean.square() if self.config.form == "released" else mean) + EPSILON)

@@ -35,6 +35,11 @@ class SwitchConfig(LinearRouterConfig):
     z_loss_coef: Annotated[float, Field(ge=0)] = 0.001
     expert_capacity: Annotated[int, Field(ge=1)] | None = 32
 
+    def refuses_packing(self) -> str | None:
+        if self.expert_capacity is None:
+            return None
+        return "expert_capacity counts the tokens of a sequence, and a packed row holds several: set it to null"
+
 
 @ROUTERS.register("switch", "mixlora-switch")
 class SwitchRouter(LinearRouter[SwitchConfig]):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..config import MixtureConfig, SiteConfig
-from ..data.chat import Collator, TokenizedSet
+from ..data import Collator, TokenizedSet
 from ..data.examples import Example
 from ..errors import ConfigError
 from ..evaluation.scoring import Progress, Report, score

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from .chat import ChatFormat as ChatFormat
-from .chat import Collator as Collator
 from .chat import TokenizedSet as TokenizedSet
 from .chat import tokenize as tokenize
+from .collate import Collator as Collator
 from .examples import Example as Example
 from .examples import Splits as Splits
 from .examples import load_examples as load_examples
 from .examples import mix as mix
 from .examples import task_names as task_names
+from .mixing import mixing_plan as mixing_plan
+from .packing import PackedSet as PackedSet
+from .packing import check_packing as check_packing
+from .packing import packed as packed

@@ -1,16 +1,12 @@
-"""Examples as token ids: the backbone's chat template, loss on the answer alone, padding.
-
-Shapes: B batch, S sequence (the longest of the batch).
-"""
+"""Examples as token ids: the backbone's chat template, loss on the answer alone."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -128,8 +124,8 @@ class TokenizedSet(Dataset[Row]):
     """Tokenised examples, for :class:`transformers.Trainer`.
 
     Attributes:
-        rows: ``input_ids`` and ``labels`` (lists of the same length), ``task_ids`` (int), and ``task_types`` (int) where
-            the examples have a type.
+        rows: ``input_ids`` and ``labels`` (lists of the same length), ``task_ids`` (int), and, where the examples
+            have a type, ``task_types`` (int).
         tasks: name of each task id.
         dropped: how many examples were longer than ``max_length``.
     """
@@ -225,52 +221,3 @@ def tokenize(
     if make.dropped:
         logger.warning("%d of %d examples are longer than %d tokens: left out", make.dropped, len(examples), max_length)
     return TokenizedSet(rows, make.tasks, make.dropped)
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads rows of a :class:`TokenizedSet` to the longest one.
-
-    Attributes:
-        pad_token_id: what fills ``input_ids``; the attention mask hides it and no label covers it.
-        padding_side: where the padding goes.
-        with_task_ids: whether the batch has ``task_ids``, for models that route by task.
-        answers_only: pad on the left and ask the model for the logits of the last positions alone, as many as the
-            longest answer needs (``logits_to_keep``, which most causal language models take), with the labels cut to
-            match. The loss stays what it is; the output layer of a small model with a large vocabulary costs less.
-    """
-
-    pad_token_id: int
-    padding_side: Literal["left", "right"] = "right"
-    with_task_ids: bool = False
-    answers_only: bool = False
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels``: (B, S) int64; ``task_ids``: (B,) int64 if wanted.
-
-        With ``answers_only`` also ``logits_to_keep`` (int) and ``position_ids`` (B, S), and labels of that length.
-        """
-        left = self.padding_side == "left" or self.answers_only
-        longest = max(len(row["input_ids"]) for row in rows)
-        shape = len(rows), longest
-        batch: dict[str, Any] = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORE),
-        }
-        for number, row in enumerate(rows):
-            length = len(row["input_ids"])
-            where = slice(longest - length, longest) if left else slice(0, length)
-            batch["input_ids"][number, where] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][number, where] = 1
-            batch["labels"][number, where] = torch.tensor(row["labels"])
-        if self.with_task_ids:
-            batch["task_ids"] = torch.tensor([row["task_ids"] for row in rows])
-        return self._keep_answers(batch) if self.answers_only else batch
-
-    def _keep_answers(self, batch: dict[str, Any]) -> dict[str, Any]:
-        # The position before the first answer token predicts it.
-        first = int((batch["labels"] != IGNORE).int().argmax(dim=1).min())
-        keep = batch["labels"].shape[1] - max(first - 1, 0)
-        positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        return {**batch, "labels": batch["labels"][:, -keep:], "logits_to_keep": keep, "position_ids": positions}
