@@ -115,7 +115,7 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path {include_path}: no such folder")
     # To read the thousands of files that come with the harness takes seconds; a group may name any of them.
-    defaults = len(files) < len(names) or any("group" in content for content in files.values())
+    defaults = not set(names) <= set(files) or any("group" in content for content in files.values())
     # So may a group's own file name those beside it. Beside a task may lie anything, so it is read by itself.
     folders = [str(Path(name).expanduser().parent) for name, content in files.items() if "group" in content]
     folders += [] if include_path is None else [str(include_path)]
@@ -128,7 +128,8 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
                 f"lm-evaluation-harness has no task {name!r}{closest(name, manager.all_tasks)}: `lm-eval ls tasks` "
                 "lists those that it has; a task of your own is the path of a .yaml file, or a name in --include-path"
             )
-        loaded = _load(manager, name)
+        # By its path lm_eval 0.4.13 would call a group by the list of its tasks.
+        loaded = _load(manager, files.get(name, {}).get("group", name))
         for task, made in loaded["tasks"].items():
             _check(task, made)
             if task in found:

@@ -149,8 +149,9 @@ def score_options(
     """Answer multiple-choice questions with the option whose text is most probable after the prompt.
 
     The prompt is written as in training, by :class:`~moelora.data.chat.ChatFormat`; the end of an answer is not scored.
-    With a chat template this is lm-evaluation-harness with its chat template applied, without one it is
-    lm-evaluation-harness as it comes, for tasks whose text is the prompt.
+    Without a chat template these are the numbers of lm-evaluation-harness for a task whose text is the prompt. With one
+    they are those that it has with its chat template applied, but that it takes white space at the end of the prompt
+    for a part of every option: ``acc`` is the same, its ``acc_norm`` divides by lengths that do not count it.
 
     Args:
         examples: with ``choices``. The other arguments are those of :func:`likelihoods`.
