@@ -103,9 +103,22 @@ class Plugged:
         variants = []
         for name in self.registry.names():
             variant = self.registry.get(name).Config.model_json_schema()
+            variant = _inlined(variant, variant.pop("$defs", {}))
             variant["properties"]["kind"] = {"const": name, "type": "string"}
             variants.append(variant)
         return {"oneOf": variants}
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """A schema with definitions in the place of references to them, so that it can be a part of another schema."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        schema = {**definitions[schema["$ref"].removeprefix("#/$defs/")], **schema}
+        del schema["$ref"]
+    return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
 def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> str:

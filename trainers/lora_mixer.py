@@ -186,7 +186,7 @@ class LoRAMixer(SFT):
         return cls.prepare_stage(recipe, cls.examples_of(recipe), 1)
 
     @classmethod
-    def prepare_stage(cls, recipe: Recipe, splits: data.Splits, number: int) -> SFTTrainer:
+    def prepare_stage(cls, recipe: Recipe, splits: data.RecipeData, number: int) -> SFTTrainer:
         """The trainer of a stage, counted from 1, with the mixture that the stage before it left."""
         stage: Stage = recipe.trainer.stages[number - 1]
         stages = _stages(recipe)
@@ -203,12 +203,16 @@ class LoRAMixer(SFT):
             callbacks=[LiveProgress(f"stage {number} of {len(stages.names)}, {stage.phase}")],
         )
         if stage.samples is not None:
-            assert isinstance(trainer.train_dataset, data.TokenizedSet)
+            if not isinstance(trainer.train_dataset, data.TokenizedSet):
+                raise ConfigError(
+                    "trainer.stages: samples counts examples that are read before training and have a row each: leave "
+                    "it out, or set packing and data.streaming to false"
+                )
             trainer.train_dataset = replace(trainer.train_dataset, rows=trainer.train_dataset.rows[: stage.samples])
         return trainer
 
     @classmethod
-    def _run_stage(cls, recipe: Recipe, splits: data.Splits, number: int, checkpoint: Path | None) -> None:
+    def _run_stage(cls, recipe: Recipe, splits: data.RecipeData, number: int, checkpoint: Path | None) -> None:
         trainer = cls.prepare_stage(recipe, splits, number)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = dict(result.metrics)
@@ -253,8 +257,8 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-def _one_expert_for_each_task(recipe: Recipe, splits: data.Splits) -> None:
-    tasks = data.task_names(splits.train)
+def _one_expert_for_each_task(recipe: Recipe, splits: data.RecipeData) -> None:
+    tasks = splits.tasks
     hard = [number for number, stage in enumerate(recipe.trainer.stages, 1) if stage.phase == "hard"]
     for index, site in enumerate(recipe.mixture.sites):
         if hard and site.router is not None and site.experts.num_experts != len(tasks):
@@ -273,6 +277,7 @@ def _composed(recipe: Recipe) -> MoELoRAModel:
     backbone, tokenizer = load_backbone(recipe.backbone)
     set_seed(recipe.seed)
     experts = {name: getattr(site.experts, name) for name in ("dropout", "expert_dropout")}
+    assert site.router is not None
     router = site.router.to_dict()
     model = assemble(recipe.trainer.adapters, router, backbone, names=site.experts.names, experts=experts).model
     model.tokenizer = tokenizer
