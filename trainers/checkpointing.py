@@ -14,7 +14,6 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from filelock import FileLock, Timeout
 from torch import nn
-from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -30,6 +29,7 @@ from .sharded import (
     whole_shape,
     whole_state,
 )
+from .streamed import StreamingTrainer
 
 # The Trainer leaves out what begins with an underscore when it uploads a run's folder.
 STAGING = "_staging-"
@@ -37,7 +37,7 @@ LOCK = "_run.lock"
 OWNER = "_run.pid"
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(StreamingTrainer):
     """A Trainer that writes each ``checkpoint-N`` beside its place and moves it there when it is whole.
 
     A kill at any moment leaves the checkpoints that were announced before it; the last thing to change is a rename,

@@ -157,19 +157,13 @@ class SFT:
     def prepare(cls, recipe: Recipe) -> SFTTrainer:
         """Data, backbone, mixture and trainer of a recipe, ready to train."""
         args = recipe.trainer.training_arguments(recipe.output_dir, recipe.seed)
-        splits = cls.examples_of(recipe)
-        return cls.trainer_of(recipe, cls.model_of(recipe), splits, args)
+        content = cls.examples_of(recipe)
+        return cls.trainer_of(recipe, cls.model_of(recipe), content, args)
 
     @staticmethod
-    def examples_of(recipe: Recipe) -> data.Splits:
-        """The examples of a recipe.
-
-        Raises:
-            ConfigError: it names none. DataError: see :func:`moelora.data.load_examples`.
-        """
-        if recipe.data is None:
-            raise ConfigError("data: this recipe names no data to train on; add data: {kind: dataset, path: my.jsonl}")
-        return data.load_examples(recipe.data)
+    def examples_of(recipe: Recipe) -> data.RecipeData:
+        """The data of a recipe; see :func:`moelora.data.read_data` for what is raised."""
+        return data.read_data(recipe, recipe.trainer.args.get("max_steps", -1))
 
     @staticmethod
     def model_of(recipe: Recipe) -> MoELoRAModel:
@@ -182,12 +176,14 @@ class SFT:
 
     @classmethod
     def trainer_of(
-        cls, recipe: Recipe, model: MoELoRAModel, splits: data.Splits, args: TrainingArguments, **options: Any
+        cls, recipe: Recipe, model: MoELoRAModel, content: data.RecipeData, args: TrainingArguments, **options: Any
     ) -> SFTTrainer:
         """A trainer of ``model`` on the examples; ``options`` are its own arguments, beside those of the recipe."""
         tokenizer = model.tokenizer
-        train = data.tokenize(splits.train, tokenizer, recipe.max_length)
-        test = data.tokenize(splits.test, tokenizer, recipe.max_length, train.tasks) if splits.test else None
+        if recipe.packing:
+            data.check_packing(model)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        train, test = content.tokenize(tokenizer, args.max_steps * step)
         return cls.Trainer(
             model,
             args,

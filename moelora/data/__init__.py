@@ -1,4 +1,4 @@
-"""From examples to batches: reading and generating, chat templating, loss masks, padding."""
+"""From examples to batches: reading, generating, mixing, streaming, chat templating, loss masks, packing, padding."""
 
 from __future__ import annotations
 
@@ -15,3 +15,6 @@ from .mixing import mixing_plan as mixing_plan
 from .packing import PackedSet as PackedSet
 from .packing import check_packing as check_packing
 from .packing import packed as packed
+from .sets import RecipeData as RecipeData
+from .sets import read_data as read_data
+from .streaming import StreamedSet as StreamedSet
