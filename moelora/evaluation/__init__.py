@@ -6,10 +6,10 @@ from .harness import HarnessReport as HarnessReport
 from .harness import load_tasks as load_tasks
 from .harness import run_tasks as run_tasks
 from .labels import OptionScores as OptionScores
-from .labels import likelihoods as likelihoods
 from .labels import score_labels as score_labels
 from .labels import score_options as score_options
 from .labels import teacher_forced_match as teacher_forced_match
+from .likelihood import likelihoods as likelihoods
 from .scoring import Comparison as Comparison
 from .scoring import Report as Report
 from .scoring import TaskScore as TaskScore

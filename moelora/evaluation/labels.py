@@ -1,56 +1,22 @@
-"""Scores of known answers without generation: one forward for each prompt and answer, logits at the answer alone.
-
-Where single tokens follow the same prompt, such as the letters of options, one forward serves them all.
-
-Shapes: B rows of a batch, S sequence, P positions whose logits are kept, V words, N positions that predict an answer.
-"""
+"""Scores of known answers without generation: multiple choice by likelihood, and exact match by teacher forcing."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.chat import ChatFormat
 from ..data.examples import Example
-from ..errors import ConfigError, DataError
-from .scoring import Progress, Report, counting, evaluating, report_of, stop_ids
+from ..errors import DataError
+from .likelihood import Answer, likelihoods
+from .scoring import Progress, Report, report_of, stop_ids
 
 if TYPE_CHECKING:
     from ..analysis import RoutingRecorder
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A text that may follow a prompt.
-
-    Attributes:
-        prompt, tokens: token ids of the prompt, and of what follows it. task: whose routing it is.
-    """
-
-    prompt: list[int]
-    tokens: list[int]
-    task: str
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """What a model thinks of an :class:`Answer`.
-
-    Attributes:
-        logprob: natural logarithm of the probability of all its tokens, each given those before it; float32 arithmetic.
-        best: the most probable token at each of its places, given the answer's own tokens before.
-    """
-
-    logprob: float
-    best: list[int]
 
 
 @dataclass(frozen=True)
@@ -66,75 +32,6 @@ class OptionScores:
     total: Report
     normalised: Report
     logprobs: list[list[float]]
-
-
-def likelihoods(
-    model: Any,
-    answers: Sequence[Answer],
-    *,
-    pad: int = 0,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-    recorder: RoutingRecorder | None = None,
-) -> list[Likelihood]:
-    """The likelihood of every answer, in their order; left-padded batches of similar length.
-
-    Answers with the same tokens before their last one share a row, so single tokens after one prompt cost one.
-
-    Args:
-        model: a causal language model of transformers, or a mixture on one; in ``eval`` mode meanwhile.
-        pad: token that fills rows; the attention mask hides it.
-        batch_size: rows of a batch. progress: called with (rows done, rows in all) after each batch.
-        recorder: counts the routing of each task, every row once.
-
-    Raises:
-        ConfigError: the model is an encoder-decoder, whose answers do not follow their prompts.
-    """
-    if model.config.is_encoder_decoder:
-        raise ConfigError("answers are scored by a causal language model, and this is an encoder-decoder: generate")
-    # Rows by their tokens; the positions that predict an answer are the last ones of its row.
-    members: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for index, answer in enumerate(answers):
-        members.setdefault((answer.task, (*answer.prompt, *answer.tokens[:-1])), []).append(index)
-    rows = sorted(members, key=lambda row: -len(row[1]))
-    found: dict[int, Likelihood] = {}
-    with evaluating(model), recorder or nullcontext():
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            keeps = [max(len(answers[index].tokens) for index in members[row]) for row in chosen]
-            with counting(recorder, [task for task, _ in chosen]):
-                logits_NV = _logits(model, [tokens for _, tokens in chosen], keeps, pad)
-            best, normaliser = logits_NV.argmax(-1).tolist(), logits_NV.logsumexp(-1)
-            end = 0
-            for row, keep in zip(chosen, keeps, strict=True):
-                end += keep
-                for index in members[row]:
-                    tokens = answers[index].tokens
-                    places = range(end - len(tokens), end)
-                    own = logits_NV[list(places), tokens] - normaliser[list(places)]
-                    found[index] = Likelihood(float(own.sum()), [best[place] for place in places])
-            if progress is not None:
-                progress(min(start + batch_size, len(rows)), len(rows))
-    return [found[index] for index in range(len(answers))]
-
-
-def _logits(model: Any, rows: Sequence[Sequence[int]], keeps: Sequence[int], pad: int) -> Tensor:
-    """(N, V) float32: the logits at the last ``keeps`` positions of each row, one row after the other."""
-    longest, most = max(map(len, rows)), max(keeps)
-    ids_BS = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=model.device)
-    mask_BS = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    # Without logits_to_keep the output layer would run on the prompts too, where nothing is asked.
-    extras = {
-        "position_ids": (mask_BS.cumsum(dim=1) - 1).clamp(min=0),
-        "logits_to_keep": most,
-        "use_cache": False,
-    }
-    known = inspect.signature(getattr(model, "backbone", model).forward).parameters
-    extras = {name: value for name, value in extras.items() if name in known}
-    logits_BPV = model(input_ids=ids_BS, attention_mask=mask_BS, **extras).logits[:, -most:]
-    wanted_BP = torch.arange(most) >= most - torch.tensor(keeps).unsqueeze(1)
-    logits_NV: Tensor = logits_BPV[wanted_BP.to(logits_BPV.device)].float()
-    return logits_NV
 
 
 def score_options(

@@ -35,10 +35,10 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def build_model(folder: Path, chat: bool = False) -> moelora.MoELoRAModel:
+def build_model(folder: Path, chat: bool = False, router: dict[str, Any] | None = None) -> moelora.MoELoRAModel:
     """A mixture whose experts do something, with the byte tokenizer; always the same weights."""
     backbone, tokenizer = moelora.load_backbone(str(folder), quantization=None)
-    model = moelora.attach(backbone, {"sites": SITES})
+    model = moelora.attach(backbone, {"sites": [{**SITES[0], **({"router": router} if router else {})}]})
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in model.adapter_tensors().items():

@@ -187,7 +187,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         load_tasks(["arc_easy"])
 
 
-def test_an_unknown_task_and_one_whose_data_cannot_be_fetched(all_tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_and_one_whose_data_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     # A part of the harness' own files: to read all of them takes seconds.
     part = TaskManager(include_path=str(Path(lm_eval.__file__).parent / "tasks" / "arc"), include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: part)

@@ -23,7 +23,8 @@ from moelora.evaluation import (
     score_options,
     teacher_forced_match,
 )
-from moelora.evaluation.labels import Answer, lettered
+from moelora.evaluation.labels import lettered
+from moelora.evaluation.likelihood import Answer
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,40 @@ def test_single_tokens_after_one_prompt_cost_one_row_and_one_position(model: MoE
         handle.remove()
     assert rows == [2] and heads == [torch.Size([2, 1, 32])]
     assert [a.logprob for a in found] == pytest.approx([by_hand(model, a.prompt, a.tokens)[0] for a in answers])
+
+
+@pytest.mark.parametrize(
+    ("router", "read"),
+    [
+        # Two prompts of 3 and 20 tokens, then what the answers do not end with: two beginnings after each.
+        ({"kind": "topk", "top_k": 2, "init_std": 0.5}, [(2, 20), (4, 3)]),
+        ({"kind": "xlora"}, [(2, 20), (4, 3)]),
+        # Capacity counts the tokens of a row, so every row is read as one.
+        ({"kind": "switch", "expert_capacity": 3}, [(6, 23)]),
+    ],
+)
+def test_a_prompt_with_longer_answers_is_read_once(
+    backbone_folder: Path, router: dict[str, Any], read: list[tuple[int, int]]
+) -> None:
+    model = build_model(backbone_folder, router=router)
+    long, short = [*range(10, 30)], [40, 41, 42]
+    endings = [(7,), (7, 8), (9, 7, 8, 6)]
+    answers = [Answer(prompt, [*tokens], "t") for prompt in (long, short) for tokens in endings]
+    answers.append(Answer(long, [7, 200], "t"))
+    shapes: list[tuple[int, int]] = []
+    hook = model.backbone.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    recorder = RoutingRecorder(model, ["t"])
+    found = likelihoods(model, answers, recorder=recorder)
+    hook.remove()
+    assert shapes == read
+    for answer, likelihood in zip(answers, found, strict=True):
+        logprob, best = by_hand(model, answer.prompt, answer.tokens)
+        assert likelihood.logprob == pytest.approx(logprob, rel=1e-5, abs=1e-5) and likelihood.best == best
+    # Once each: both prompts and 0 + 1 + 3 more tokens of each; or for each of three beginnings anew.
+    once, anew = 23 + 2 * (0 + 1 + 3), 3 * 23 + 2 * (0 + 1 + 3)
+    assert recorder.result().sites[0].tokens == (once if len(read) > 1 else anew,)
 
 
 def test_mode_and_caches_are_as_before(model: MoELoRAModel) -> None:
