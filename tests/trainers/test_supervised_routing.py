@@ -64,7 +64,10 @@ def ends(trainer: SFTTrainer, name: str) -> tuple[float, float]:
 
 
 def test_loramoe_learns_to_balance_by_type(tiny_llama, tmp_path):
-    """Sequences of a type come to use the experts of that type more: those of type 1 are the first half."""
+    """Where the loss is least, experts of a sequence's own type have the smaller share, (1 - delta) / (1 + delta).
+
+    So the published formula has it, and the model card says so. Experts of type 1 are the first half.
+    """
     router = {"kind": "softmax", "aux_loss_coef": 1.0, "delta": 0.6}
     model = attached(tiny_llama, {}, router)
     trainer = trained(tmp_path, model, "task_types", [0, 1], gradient_accumulation_steps=2)
@@ -78,7 +81,7 @@ def test_loramoe_learns_to_balance_by_type(tiny_llama, tmp_path):
     for site in tape:
         [record] = tape[site]
         use = record.weights[record.mask].mean(0)
-        assert use[:2].sum() > use[2:].sum() + 0.2, site
+        assert use[:2].sum() < use[2:].sum() - 0.2, site
     assert trainer.evaluate()["eval_aux/localized_balance"] < 0.5 * balance
 
 
