@@ -84,7 +84,7 @@ def trace_ffn(block: nn.Module, name: str) -> FFNSpec:
         )
     weight = next(iter(linears.values())).weight
     assert isinstance(weight, Tensor)
-    if weight.is_meta:
+    if weight.is_meta or weight.numel() == 0:  # the latter where ZeRO-3 has taken it apart
         block = _sketch(block)
         linears = {path: block.get_submodule(path) for path in linears}
         weight = torch.empty(0, device="cpu")
@@ -139,7 +139,8 @@ def _sketch(block: nn.Module) -> nn.Module:
             twin.set_submodule(path, _Sketch(*linear_shape(module), index))
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.ones(parameter.shape, device="cpu")))
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # the former of ZeRO-3
+            setattr(module, name, nn.Parameter(torch.ones(shape, device="cpu")))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones(buffer.shape, device="cpu"))
     return twin

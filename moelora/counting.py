@@ -59,7 +59,11 @@ def count_data(recipe: Recipe, world: int) -> Data:
     if recipe.data is None:
         return Data(None, None, False, fixed, batch, ["the recipe names no data"])
     from .data import load_examples, tokenize
+    from .data.examples import streamed
+    from .data.packing import packed
 
+    if streamed(recipe.data):
+        return Data(None, None, False, fixed, batch, ["examples, which are streamed"])
     try:
         examples = load_examples(recipe.data).train
     except UserError as error:
@@ -72,11 +76,13 @@ def count_data(recipe: Recipe, world: int) -> Data:
     else:
         rows = tokenize(examples[:SAMPLE], tokenizer, recipe.max_length)
         tokens = round(rows.num_tokens * len(examples) / len(examples[:SAMPLE]))
-        count = len(rows) if exact else count
+        kept = packed(rows, recipe.max_length) if recipe.packing else rows
+        count = len(kept) if exact else round(len(kept) * len(examples) / SAMPLE)
     steps = fixed
-    if fixed is None and recipe.packing:
-        unknown.append("steps, which depend on how examples are packed")
-    elif fixed is None:
+    if "stages" in type(recipe.trainer).model_fields:
+        steps = None
+        unknown.append("steps, which each stage has of its own")
+    elif fixed is None and (tokenizer is not None or not recipe.packing):
         batches = math.ceil(math.ceil(count / size) / world)
         steps = math.ceil(float(args["num_train_epochs"]) * max(1, math.ceil(batches / accumulation)))
     return Data(count, tokens, exact, steps, batch, unknown)
