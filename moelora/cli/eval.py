@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..analysis import RoutingRecorder, RoutingStats
     from ..mixture import MoELoRAModel
 
-HARNESS = "Tasks of lm-evaluation-harness (pip install 'moelora[eval]')"
+HARNESS = "Tasks of lm-evaluation-harness (pip install 'moelora\\[eval]')"
 
 ScoreOption = Annotated[
     Score,
@@ -124,6 +124,17 @@ def evaluate(
     model = load_model(
         path, backbone, quantization, hub_options(revision, subfolder, token, cache_dir, local_files_only)
     )
+    _answer(path, model, asked, baseline, routing, as_json)
+
+
+def _answer(
+    path: str,
+    model: MoELoRAModel,
+    asked: HarnessAsked | QuestionsAsked,
+    baseline: bool,
+    routing: Path | None,
+    as_json: bool,
+) -> None:
     recorder = None if routing is None else _recorder(model, asked.tasks, routing)
     asked.ask("mixture", model, recorder)
     if baseline:

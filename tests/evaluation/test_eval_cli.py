@@ -140,6 +140,18 @@ def test_mistakes_are_2_and_say_what_to_do(run: Run, tmp_path: Path, words: list
     assert code == 2 and message in err and not out
 
 
+def test_help_teaches_each_way(run: Run) -> None:
+    code, out, _ = run("--help")
+    text = " ".join(out.split())
+    assert code == 0 and "pip install 'moelora[eval]'" in text
+    for example in (
+        "--score options data.columns.options=choices",
+        "--tasks arc_easy,my_task.yaml",
+        "--routing report",
+    ):
+        assert example in " ".join(text.replace("│", " ").split())
+
+
 def test_an_unknown_task_names_the_closest(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_task(tmp_path, "my_task", tmp_path / "none.jsonl")
     monkeypatch.setattr(
