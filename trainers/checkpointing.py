@@ -19,12 +19,13 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from .. import checkpoints, files
-from ..errors import CheckpointError, ConfigError, UserError
+from ..errors import CheckpointError, ConfigError, TrainingError, UserError
 from ..mixture import MoELoRAModel
 from .sharded import (
     fill,
     gather_with_containers,
     optimizer_state_only,
+    process_lost,
     refuse_foreign_state,
     whole_shape,
     whole_state,
@@ -67,12 +68,22 @@ class CheckpointingTrainer(StreamingTrainer):
             ConfigError: several adapters are active, or another one than when this trainer was made.
             CheckpointError: there is nothing whole to resume from, or the checkpoint is of another mixture.
             UserError: another process is training in the run's folder.
-            TrainingError: a loss or a gradient was not finite; the step was not taken.
+            TrainingError: a loss or a gradient was not finite and the step was not taken; or another process of the
+                run is gone.
         """
         self._refuse_adapters()
         with self._only_run():
             source = self._resume_source(resume_from_checkpoint)
-            return super().train(source, trial, ignore_keys_for_eval)
+            try:
+                return super().train(source, trial, ignore_keys_for_eval)
+            except RuntimeError as error:
+                if self.args.world_size == 1 or not process_lost(error):
+                    raise
+                raise TrainingError(
+                    f"another of the {self.args.world_size} processes of this run has ended, or cannot be reached "
+                    f"({' '.join(str(error).split())[:200]}); what it said is above or in its own log. Checkpoints in "
+                    f"{self._run_dir} are whole: start all processes again with --resume latest"
+                ) from error
 
     def _refuse_adapters(self) -> None:
         """A run has the optimizer of one adapter, and its checkpoints hold one."""

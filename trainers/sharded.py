@@ -83,7 +83,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
     master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if master is not None:
-        return master.detach().view(getattr(tensor, "ds_shape", tensor.shape)).to("cpu", torch.float32)
+        found: Tensor = master.detach().view(whole_shape(tensor)).to("cpu", torch.float32)
+        return found
     with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
         return tensor.detach().cpu().clone()
 
@@ -129,3 +130,8 @@ def refuse_foreign_state(folder: Path, run_dir: Path, processes: int) -> None:
             f"{folder}: saved by {len(states)} processes, resumed with {processes}: the optimizer's state is split by "
             f"process; resume with {len(states)}, or train on from the weights alone with a fresh optimizer"
         )
+
+
+def process_lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the run is gone; gloo has no class of its own for that."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()

@@ -66,7 +66,16 @@ def build_trainer(
     folder: Path | str, model: moelora.MoELoRAModel, rows: Rows | None = None, **options: Any
 ) -> SFTTrainer:
     """An SFTTrainer; options that are no arguments of the trainer itself go to TrainingArguments."""
-    own = {"step_balance", "groups", "aux_warmup_steps", "callbacks", "eval_dataset", "compute_metrics", "optimizers"}
+    own = {
+        "step_balance",
+        "groups",
+        "aux_warmup_steps",
+        "callbacks",
+        "eval_dataset",
+        "compute_metrics",
+        "optimizers",
+        "data_collator",
+    }
     trainer = {name: options.pop(name) for name in own & set(options)}
     args = {
         "max_steps": 4,
@@ -81,9 +90,8 @@ def build_trainer(
         "dataloader_pin_memory": False,
     }
     arguments = TrainingArguments(output_dir=str(folder), **{**args, **options})
-    return SFTTrainer(
-        model, arguments, data_collator=Collator(0), train_dataset=build_rows() if rows is None else rows, **trainer
-    )
+    trainer = {"data_collator": Collator(0), "train_dataset": build_rows() if rows is None else rows, **trainer}
+    return SFTTrainer(model, arguments, **trainer)
 
 
 class Gradients(TrainerCallback):
@@ -126,12 +134,17 @@ def outcome(trainer: Any) -> dict[str, Any]:
         "optimizer": optimizer["state"],
         "groups": optimizer["param_groups"],
         "random": torch.get_rng_state(),
-        "log": [
-            {key: value for key, value in line.items() if not key.endswith(VOLATILE)}
-            for line in trainer.state.log_history
-            if "train_loss" not in line
-        ],
+        "log": log_lines(trainer),
     }
+
+
+def log_lines(trainer: Any) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith(VOLATILE)}
+        for line in trainer.state.log_history
+        if "train_loss" not in line
+    ]
 
 
 def assert_identical(got: Any, expected: Any, where: str = "") -> None:
