@@ -77,7 +77,12 @@ def _by_prefixes(
     labels = [IGNORE] * len(whole)
     answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     for number in answers[-1:] if last_only else answers:
-        before = _ids(tokenizer, render(tokenizer, turns[:number], add_generation_prompt=True)) if number else []
+        if number == 0:
+            raise DataError(
+                "the conversation begins with the assistant, and nothing comes before that could be asked: begin with "
+                "another turn, or set a chat_template that marks the assistant's words with {% generation %}"
+            )
+        before = _ids(tokenizer, render(tokenizer, turns[:number], add_generation_prompt=True))
         after = _ids(tokenizer, render(tokenizer, turns[: number + 1]))
         end = _end_of_answer(tokenizer, after, len(before), end_ids)
         if whole[: len(before)] != before or whole[:end] != after[:end]:
