@@ -91,7 +91,7 @@ def test_modules_that_are_trained_whole_are_counted_apart(backbone_folder: Path)
 # -- the embedded default, and its NF4 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "fp32", "bf16"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "fp32"])
 def test_the_default_is_planned_as_it_is_stored(quantization: Any) -> None:
     """Of the real SmolLM2: parameters, and every byte of weights, scales and tables."""
     backbone = load_recipe("mixlora", [f"backbone.quantization={quantization}"]).backbone

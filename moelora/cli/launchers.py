@@ -154,10 +154,11 @@ def _end(failures: list[Failure]) -> None:
         TrainingError: a process was killed, or stopped by itself with an error of training.
         typer.Exit: all that failed did so for a mistake in what was given, which they have said.
     """
-    # Where one is killed, the others fail because it no longer answers.
-    root = min(failures, key=lambda failure: (failure.code >= 0, failure.code))
-    if all(failure.code == 2 for failure in failures):
+    # The launcher ends the others with SIGTERM, and some fail before that because the first no longer answers.
+    own = [failure for failure in failures if failure.code != -signal.SIGTERM] or failures
+    root = min(own, key=lambda failure: (failure.code >= 0, failure.code))
+    if all(failure.code == 2 for failure in own):
         raise typer.Exit(2)
-    others = len(failures) - 1
+    others = len(own) - 1
     rest = f"; {others} more failed with it" if others else ""
     raise TrainingError(f"{root}{rest}. The launch has ended and every other process was stopped")
