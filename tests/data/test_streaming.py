@@ -6,16 +6,17 @@ import gc
 import json
 import shutil
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import make_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import AutoTokenizer
 
 from moelora.config import DatasetData, Recipe, load_recipe
 from moelora.data import StreamedSet, read_data
@@ -39,26 +40,32 @@ def write(path: Path, count: int, **more: Any) -> str:
     return str(path)
 
 
-def stream(sources: dict[str, DatasetData], *, length: int = 400, **options: Any) -> StreamedSet:
+@cache
+def tokenizer_of(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def stream(files: dict[str, str], sources: dict[str, DatasetData], *, length: int = 400, **options: Any) -> StreamedSet:
     defaults = {"buffer": 8, "seed": 0, "max_length": 120}
     readers = {name: SourceReader(source, name) for name, source in sources.items()}
-    return StreamedSet(readers, make_byte_tokenizer(), StreamOptions(**{**defaults, **options}), length)
+    return StreamedSet(readers, tokenizer_of(files["backbone"]), StreamOptions(**{**defaults, **options}), length)
 
 
 def one(path: str, **options: Any) -> dict[str, DatasetData]:
     return {"": DatasetData(path=path, streaming=True, **options)}
 
 
-def texts(rows: StreamedSet, start: int, stop: int) -> list[str]:
-    tokenizer = make_byte_tokenizer()
+def texts(files: dict[str, str], rows: StreamedSet, start: int, stop: int) -> list[str]:
+    tokenizer = tokenizer_of(files["backbone"])
     return [tokenizer.decode(rows[index]["input_ids"]) for index in range(start, stop)]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("streams")
     ends = ("jsonl", "csv", "parquet")
     made = {end: write(folder / f"a.{end}", 50) for end in ends}
+    made["backbone"] = str(backbone_folder)
     return {**made, "b": write(folder / "b.jsonl", 21), "even": write(folder / "even.jsonl", 48)}
 
 
@@ -67,44 +74,46 @@ class TestOrder:
     @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
     @pytest.mark.parametrize("end", ["jsonl", "csv", "parquet"])
     def test_every_pass_has_each_example_once(self, files: dict[str, str], end: str) -> None:
-        rows = texts(stream(one(files[end])), 0, 150)
+        rows = texts(files, stream(files, one(files[end])), 0, 150)
         for start in (0, 50, 100):
             assert len(set(rows[start : start + 50])) == 50
         assert len({tuple(rows[start : start + 50]) for start in (0, 50, 100)}) == 3  # in another order
-        assert rows == texts(stream(one(files[end])), 0, 150)
-        assert rows != texts(stream(one(files[end]), seed=1), 0, 150)
+        assert rows == texts(files, stream(files, one(files[end])), 0, 150)
+        assert rows != texts(files, stream(files, one(files[end]), seed=1), 0, 150)
         gc.collect()
 
     def test_a_block_is_shuffled_and_nothing_leaves_it(self, files: dict[str, str]) -> None:
-        whole = stream(one(files["jsonl"]), buffer=50)
-        assert texts(whole, 0, 50) != sorted(texts(whole, 0, 50))
-        first = texts(stream(one(files["jsonl"])), 0, 8)
+        whole = stream(files, one(files["jsonl"]), buffer=50)
+        assert texts(files, whole, 0, 50) != sorted(texts(files, whole, 0, 50))
+        first = texts(files, stream(files, one(files["jsonl"])), 0, 8)
         assert {text.split("user\na ")[1].split("?")[0] for text in first} == {str(n) for n in range(8)}
 
     def test_a_pass_of_whole_blocks(self, files: dict[str, str]) -> None:
-        rows = texts(stream(one(files["even"])), 0, 96)
+        rows = texts(files, stream(files, one(files["even"])), 0, 96)
         assert len(set(rows[:48])) == len(set(rows[48:])) == 48
 
     def test_limit_and_length(self, files: dict[str, str]) -> None:
-        rows = stream(one(files["jsonl"], limit=10), length=30)
-        assert len(rows) == 30 and set(Counter(texts(rows, 0, 30)).values()) == {3}
+        rows = stream(files, one(files["jsonl"], limit=10), length=30)
+        assert len(rows) == 30 and set(Counter(texts(files, rows, 0, 30)).values()) == {3}
         with pytest.raises(IndexError):
             rows[30]
 
-    def test_too_long_is_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_too_long_is_left_out(
+        self, files: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         path = tmp_path / "x.jsonl"
         path.write_text("".join(json.dumps({"prompt": "a" * (n * 20), "answer": "b"}) + "\n" for n in range(1, 9)))
-        rows = stream({"": DatasetData(path=str(path), streaming=True)})
+        rows = stream(files, {"": DatasetData(path=str(path), streaming=True)})
         assert max(len(rows[index]["input_ids"]) for index in range(40)) <= 120
         assert "streamed examples longer than 120 tokens are left out" in caplog.text
         with pytest.raises(
             DataError, match=r"max_length is 20 tokens, but the shortest of \d+ examples has \d+: raise"
         ):
-            stream({"": DatasetData(path=str(path), streaming=True)}, max_length=20)[0]
+            stream(files, {"": DatasetData(path=str(path), streaming=True)}, max_length=20)[0]
 
     def test_packed_rows_hold_whole_examples(self, files: dict[str, str]) -> None:
-        rows = stream(one(files["jsonl"]), buffer=50, packing=True)
-        alone = stream(one(files["jsonl"]), buffer=50)
+        rows = stream(files, one(files["jsonl"]), buffer=50, packing=True)
+        alone = stream(files, one(files["jsonl"]), buffer=50)
         expected = sorted(tuple(alone[index]["input_ids"]) for index in range(50))
         found, index = [], 0
         while len(found) < 50:
@@ -123,24 +132,24 @@ class TestMixture:
         return {name: DatasetData(path=files[key], streaming=True) for name, key in (("big", "jsonl"), ("small", "b"))}
 
     def test_by_weight(self, files: dict[str, str]) -> None:
-        rows = stream(self.sources(files), weights={"big": 1, "small": 3}, buffer=100, length=2000)
+        rows = stream(files, self.sources(files), weights={"big": 1, "small": 3}, buffer=100, length=2000)
         assert rows.tasks == ["big", "small"]
         counts = Counter(rows[index]["task_ids"] for index in range(2000))
         assert abs(counts[1] / 2000 - 0.75) < 0.04
         # A source that starts over has given all of it before.
-        small = [text for text in texts(rows, 0, 100) if "\nb " in text]
+        small = [text for text in texts(files, rows, 0, 100) if "\nb " in text]
         assert len(set(small)) == min(21, len(small))
 
     @settings(max_examples=15, deadline=None)
     @given(at=st.integers(0, 299), packing=st.booleans())
     def test_goes_on_from_any_row(self, files: dict[str, str], at: int, packing: bool) -> None:
         options = {"weights": {"big": 1.0, "small": 2.0}, "packing": packing}
-        whole = stream(self.sources(files), **options)
+        whole = stream(files, self.sources(files), **options)
         for index in range(min(at + 9, 320)):  # loaders read ahead of what is trained on
             whole[index]
         state = json.loads(json.dumps(whole.state_at(at)))
         assert state["first"] <= at
-        resumed = stream(self.sources(files), **options)
+        resumed = stream(files, self.sources(files), **options)
         resumed.load_state(state)
         assert [resumed[index] for index in range(at, at + 30)] == [whole[index] for index in range(at, at + 30)]
 
@@ -148,32 +157,32 @@ class TestMixture:
 @settings(max_examples=25, deadline=None)
 @given(at=st.integers(0, 199), end=st.sampled_from(["jsonl", "parquet", "even"]))
 def test_one_source_goes_on_from_any_row(files: dict[str, str], at: int, end: str) -> None:
-    whole = stream(one(files[end]))
+    whole = stream(files, one(files[end]))
     expected = [whole[index] for index in range(at + 20)][at:]
-    resumed = stream(one(files[end]))
+    resumed = stream(files, one(files[end]))
     resumed.load_state(whole.state_at(at))
     assert [resumed[index] for index in range(at, at + 20)] == expected
     assert [whole[index] for index in range(at, at + 20)] == expected  # and backwards
 
 
 def test_a_state_that_does_not_fit(files: dict[str, str]) -> None:
-    rows = stream(one(files["jsonl"]))
+    rows = stream(files, one(files["jsonl"]))
     state = rows.state_at(0)
     for damaged, message in (
         ({**state, "block": -1}, "block"),
         ({**state, "more": 1}, "unknown key 'more'"),
         ({**state, "sources": {"other": state["sources"][""]}}, "it is of the sources 'other', but the recipe has ''"),
-        (stream(one(files["jsonl"], limit=9)).state_at(0), "of another kind: resume with the recipe of the run"),
+        (stream(files, one(files["jsonl"], limit=9)).state_at(0), "of another kind: resume with the recipe of the run"),
     ):
         with pytest.raises(CheckpointError, match=message):
             rows.load_state(damaged)
 
 
 def test_each_process_sees_its_share(files: dict[str, str]) -> None:
-    alone = stream(one(files["jsonl"]), length=64)
+    alone = stream(files, one(files["jsonl"]), length=64)
     shares = []
     for rank in range(2):
-        rows = stream(one(files["jsonl"]), length=64)
+        rows = stream(files, one(files["jsonl"]), length=64)
         batches = BatchSamplerShard(BatchSampler(SequentialSampler(rows), 4, False), 2, rank)  # as the Trainer's loader
         shares.append([[tuple(rows[index]["input_ids"]) for index in batch] for batch in batches])
     both = [row for pair in zip(*shares, strict=True) for batch in pair for row in batch]
