@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 from .experts import Container
 from .routing import RoutingContext, RoutingRecord, SiteInfo
 
+EXTRAS = ("task_loss", "aux_losses", "aux_share", "aux_loss", "log_prob")
 Heard = list[tuple[SiteInfo, RoutingRecord]]
 
 
@@ -82,7 +83,7 @@ def output_class(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
 
 @cache
 def _extended(backbone_class: type[ModelOutput]) -> type[ModelOutput]:
-    fields = [(name, Any, field(default=None)) for name in ("task_loss", "aux_losses", "aux_share", "log_prob")]
+    fields = [(name, Any, field(default=None)) for name in EXTRAS]
     namespace = {"__module__": __name__, "__reduce__": lambda self: (_rebuilt, (backbone_class, dict(self)))}
     return make_dataclass(f"Mixture{backbone_class.__name__}", fields, bases=(backbone_class,), namespace=namespace)
 

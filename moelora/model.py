@@ -25,7 +25,7 @@ from .routers.rloo import example_log_prob
 from .routing import RoutingContext
 from .saving import Saving
 from .slot import RoutingSlot
-from .surface import ignore_extras
+from .surface import ignore_extras, tells_aux_loss
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +150,12 @@ class MoELoRAModel(Saving):
             step_load: totals of the optimizer step that this batch is a part of.
             aux_scale: factor of all auxiliary losses in ``loss``, for a warm-up of their coefficients.
             with_log_prob: add ``log_prob`` (B,), of all that routers sampled for each sequence; see ``policy.py``.
-            **kwargs: anything else that the backbone takes, such as ``num_items_in_batch``.
+            **kwargs: anything else that the backbone takes, such as ``num_items_in_batch``. ``output_router_logits``
+                asks for ``aux_loss`` where neither gradients nor labels do.
 
         Returns:
-            The backbone's output with ``aux_losses``, a dict of unscaled scalars, and, with labels, ``task_loss`` and
+            The backbone's output with ``aux_losses``, a dict of unscaled scalars, ``aux_loss``, their sum with their
+            coefficients (unless the backbone has one of its own), and, with labels, ``task_loss`` and
             ``loss = task_loss + aux_scale * aux_share * sum of coefficient * auxiliary loss``. ``aux_share`` is 1, or
             under gradient accumulation (``num_items_in_batch`` or ``step_load``) this batch's share of the step.
         """
@@ -191,6 +193,8 @@ class MoELoRAModel(Saving):
         losses, total = self.aux_losses(heard, step_load)
         output = output_class(type(output))(**output)
         output["aux_losses"] = losses
+        if tells_aux_loss(self.config):
+            output["aux_loss"] = total
         if labels is not None and output.get("loss") is not None:
             share: Tensor | float = 1.0
             if step_load is not None:
@@ -201,6 +205,24 @@ class MoELoRAModel(Saving):
             output["task_loss"] = task_loss
             output["aux_share"] = share
             output["loss"] = task_loss + aux_scale * share * total
+        return output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward; also one that a trainer has put in its place, which calls the backbone without its head.
+
+        Such a one, as of TRL's trainers, computes losses itself: its output is given the mixture's ``aux_loss``.
+        """
+        if "forward" not in vars(self) or not tells_aux_loss(self.config):
+            return super().__call__(*args, **kwargs)
+        heard: Heard = []
+        hook = self.base_model.register_forward_hook(_without_router_logits)
+        try:
+            with self._passes.whole(), self.slot.using(listener=lambda site, record: heard.append((site, record))):
+                output = super().__call__(*args, **kwargs)
+                if heard and isinstance(output, ModelOutput):
+                    output["aux_loss"] = self.aux_losses(heard)[1]
+        finally:
+            hook.remove()
         return output
 
     def _targets(self, labels: Tensor) -> Tensor:
@@ -341,6 +363,12 @@ class MoELoRAModel(Saving):
         from .mixture import from_pretrained
 
         return from_pretrained(*args, **kwargs)
+
+
+def _without_router_logits(module: nn.Module, args: Any, output: Any) -> None:
+    """Tell who computes a load-balance loss of the backbone's own experts that it has none."""
+    if isinstance(output, ModelOutput):
+        output.router_logits = None
 
 
 def _unpacked_numel(parameter: nn.Parameter) -> int:

@@ -42,7 +42,9 @@ class Passes:
         self._inside: dict[str, _Claim] = {}
         self.scoring = ScoringPass.of(backbone, slot, containers)
         self.watch = Watch()
-        stacks: list[Any] = [backbone]
+        # The part without its head may be called by itself.
+        self.headless: Any = None if backbone.base_model is backbone else backbone.base_model
+        stacks: list[Any] = [backbone] if self.headless is None else [backbone, self.headless]
         self.decoder: Any = None
         if backbone.config.is_encoder_decoder:  # each stack has a padding mask of its own
             self.decoder = backbone.get_decoder()
@@ -104,6 +106,9 @@ class Passes:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every backbone forward, generation's too: take the padding mask and fit the context to the batch."""
         before = self.slot.context
+        if module is self.headless and self.contexts:
+            self.contexts.append(before)
+            return
         if not self.contexts:
             self.watch.begin(self.backbone, kwargs.get("past_key_values"))
         self.contexts.append(before)
@@ -128,7 +133,7 @@ class Passes:
         self.slot.context = context
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.scoring is not None:
+        if self.scoring is not None and not (module is self.headless and len(self.contexts) > 1):
             self.scoring.after(output)
         self.slot.context = self.contexts.pop()
         if not self.contexts:

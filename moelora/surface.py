@@ -9,15 +9,22 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
+# What TRL's trainers read of a configuration to learn that outputs have an ``aux_loss``, whose coefficients a mixture
+# has multiplied in already; the backbone's own feed-forward layers are none of experts.
+ROUTED = {"output_router_logits": False, "router_aux_loss_coef": 1.0, "num_experts": 0, "num_experts_per_tok": None}
+
+
 class _Extended(list[str]):
     """``keys_to_ignore_at_inference`` with what a mixture adds to an output, in a config that several may share.
 
     Attributes:
         before: what the config had of its own. users: the mixtures that need the extras.
+        routed: the part of the config that was given ``ROUTED``; none where the backbone is a mixture itself.
     """
 
     before: list[str] | None = None
     users = 1
+    routed: PreTrainedConfig | None = None
 
 
 def ignore_extras(config: PreTrainedConfig) -> None:
@@ -27,9 +34,19 @@ def ignore_extras(config: PreTrainedConfig) -> None:
         before.users += 1
         return
     keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-    extended = _Extended(dict.fromkeys([*keys, "task_loss", "aux_losses", "aux_share"]))
+    extended = _Extended(dict.fromkeys([*keys, "task_loss", "aux_losses", "aux_share", "aux_loss"]))
     extended.before = before
     config.keys_to_ignore_at_inference = extended
+    text = config.get_text_config()
+    if not any(hasattr(text, name) for name in ROUTED):
+        extended.routed = text
+        text.update(ROUTED)
+
+
+def tells_aux_loss(config: PreTrainedConfig) -> bool:
+    """Whether ``aux_loss`` of an output is the mixture's, and not one of a backbone with experts of its own."""
+    extended = vars(config).get("keys_to_ignore_at_inference")
+    return isinstance(extended, _Extended) and extended.routed is not None
 
 
 def ignore_no_more(config: PreTrainedConfig) -> None:
@@ -40,6 +57,8 @@ def ignore_no_more(config: PreTrainedConfig) -> None:
     extended.users -= 1
     if extended.users:
         return
+    for name in ROUTED if extended.routed is not None else ():
+        delattr(extended.routed, name)
     if extended.before is None:
         del config.keys_to_ignore_at_inference
     else:
@@ -72,6 +91,11 @@ class Surface(PreTrainedModel):
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
         self.backbone.generation_config = value
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The backbone without its head."""
+        return self.backbone.base_model
 
     def can_generate(self) -> bool:  # type: ignore[override]
         return self.backbone.can_generate()

@@ -78,21 +78,18 @@ def tiny_llama(tiny_config: LlamaConfig) -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_config).eval()
 
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 @pytest.fixture
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte (ids 4 to 259), three special tokens, no padding token, and a chat template."""
+    from byte_tokenizer import make_byte_tokenizer
+
     return make_byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with the byte tokenizer, as a folder that ``load_backbone`` reads."""
+    from byte_tokenizer import make_byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("backbone")
@@ -110,19 +107,3 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def make_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """See the fixture ``byte_tokenizer``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    raw = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer

@@ -19,7 +19,7 @@ IDS = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(1))
 MIXTURE: dict[str, Any] = {
     "sites": [{"target": ["q_proj", "mlp"], "experts": {"num_experts": 2, "r": 2}, "router": {"kind": "topk"}}]
 }
-EXTRAS = ["past_key_values", "task_loss", "aux_losses", "aux_share"]
+EXTRAS = ["past_key_values", "task_loss", "aux_losses", "aux_share", "aux_loss"]
 
 
 def test_attach_keeps_which_layers_are_checkpointed_and_how(tiny_config: LlamaConfig) -> None:
