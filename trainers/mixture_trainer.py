@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from ..errors import ConfigError, TrainingError
 from ..mixture import MoELoRAModel, StepLoad
 from ..routing import RoutingRecord, SiteInfo
+from .alarm import CollapseAlarm
 from .checkpointing import CheckpointingTrainer
 from .finite import bad_gradients, first_non_finite
 from .live import LiveProgress
@@ -52,6 +53,8 @@ class MixtureTrainer(CheckpointingTrainer):
         ConfigError: arguments under which auxiliary losses would be lost or routing mixed up.
     """
 
+    trains_sampling_routers: ClassVar[bool] = False
+
     def __init__(
         self,
         model: MoELoRAModel,
@@ -69,19 +72,25 @@ class MixtureTrainer(CheckpointingTrainer):
         super().__init__(model, args, **trainer)
         self._refuse_what_would_be_lost()
         sampling = {c.router.kind for c in model.containers().values() if c.router is not None and c.router.samples}
-        if sampling:
-            logger.warning("only moelora.policy trains the routers of %s, this trainer does not", ", ".join(sampling))
+        if sampling and not self.trains_sampling_routers:
+            logger.warning(
+                "the routers of %s sample, and this trainer leaves them as they are: RemixTrainer (kind: remix) or "
+                "moelora.policy trains them",
+                ", ".join(sampling),
+            )
         self.step_balance = step_balance
         self.groups = groups or GroupOptions()
         self.aux_warmup_steps = aux_warmup_steps
-        self.load = LoadMeter(model)
-        self._step_load_meter = LoadMeter(model)
+        self.load = LoadMeter(model, gates=True)
+        self._step_load_meter = LoadMeter(model, gates=True)
         self._window = Averages()
         self._evaluated = Averages()
         self._batches: list[Any] = []
         self._step_load: StepLoad | None = None
         self._done = 0
-        self.add_callback(_Hooks(self))
+        self._rates: dict[str, float] = {}
+        # Before all others, which then see what the step came to.
+        self.callback_handler.callbacks.insert(0, _Hooks(self))
         if any(isinstance(callback, LiveProgress) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.remove_callback(PrinterCallback)
@@ -122,6 +131,9 @@ class MixtureTrainer(CheckpointingTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of the next optimizer step; kept for the step's load and for naming a bad one."""
+        if self.state.global_step >= self.state.max_steps:  # resumed after its last step, of which there is no next
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._batches, self._done, self._step_load = batches, 0, None
         return batches, num_items
@@ -226,6 +238,9 @@ class MixtureTrainer(CheckpointingTrainer):
         for router, load in step.by_router().items():  # a router that sites share steps once
             router.on_step_end(load)
         self.load.add(step)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, CollapseAlarm):
+                callback.count(step)
         step.clear()
         self._window.weight += 1
 
@@ -295,7 +310,7 @@ class MixtureTrainer(CheckpointingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._window.take(self._mean), **self.load.metrics(), **learning_rates(self.optimizer))
+            logs.update(self._window.take(self._mean), **self.load.metrics(), **self._rates)
             self.load.clear()
         super().log(logs, start_time)
 
@@ -364,3 +379,9 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer._after_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Those of the step just made, as the Trainer's own learning_rate is; the scheduler moves on next.
+        self.trainer._rates = learning_rates(self.trainer.optimizer)
