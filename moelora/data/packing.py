@@ -12,17 +12,22 @@ Shapes: B batch, S sequence.
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from ..errors import ConfigError
 from ..model import MoELoRAModel
 from .chat import Row, TokenizedSet
 from .conversations import IGNORE
+
+logger = logging.getLogger(__name__)
 
 # How far logits may be from those of the example alone, relative to their norm: rounding is below, a leak above.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -128,7 +133,9 @@ def packed_fields(rows: Sequence[Row], places: Sequence[slice], shape: tuple[int
 
 @torch.no_grad()
 def check_packing(model: MoELoRAModel) -> None:
-    """Run two short examples alone and packed through the backbone, and compare.
+    """Run short examples alone and packed through the backbone, and compare; takes no longer than a small batch.
+
+    Weights that are spread over processes before training (ZeRO-3, FSDP) cannot be run here: then a warning says so.
 
     Raises:
         ConfigError: it does not keep them apart: it has no such mask (state-space models, encoder-decoders), or its
@@ -140,6 +147,13 @@ def check_packing(model: MoELoRAModel) -> None:
         raise ConfigError(
             "packing: the backbone is an encoder-decoder, and packing is for decoders alone: set it to false"
         )
+    if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+        logger.warning(
+            "packing: weights are sharded, so it is not checked that %s keeps the examples of a row apart; "
+            "moelora.data.check_packing tells without ZeRO-3 and FSDP",
+            type(model.backbone).__name__,
+        )
+        return
     device = next(model.backbone.parameters()).device
     words = model.config.get_text_config().vocab_size
     rows = [{"input_ids": [(7 * at + 3 * start) % words for at in range(9)]} for start in (1, 2, 3, 4)]
