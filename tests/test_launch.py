@@ -23,6 +23,8 @@ from moelora.cli.launch_files import find_config, shipped
 from moelora.cli.launchers import Failure, _of_deepspeed
 
 pytest.importorskip("deepspeed")
+# Each launch imports everything three times over.
+pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[1]
 
 # DeepSpeed compiles an operator of its own for processes on one CPU, which takes minutes; without it they use gloo.
@@ -73,7 +75,7 @@ def start(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 110) -> str:
+def finish(process: subprocess.Popen[str], seconds: float = 180) -> str:
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
