@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ..registry import TRAINERS
 from . import lora_mixer, remix, sft
+from .alarm import AlarmConfig, CollapseAlarm
 from .live import LiveProgress, TimeBudget
 from .lora_mixer import LoRAMixerTrainer
 from .mixture_trainer import MixtureTrainer
+from .optimizer import GroupOptions
 from .remix import RemixTrainer
 from .sft import SFTTrainer
 
@@ -15,6 +17,9 @@ get = TRAINERS.get
 
 __all__ = [
     "TRAINERS",
+    "AlarmConfig",
+    "CollapseAlarm",
+    "GroupOptions",
     "LiveProgress",
     "LoRAMixerTrainer",
     "MixtureTrainer",

@@ -222,9 +222,9 @@ def _uneven(name: str, site: SiteLoad, config: AlarmConfig) -> list[Finding]:
 def concentration(site: SiteLoad) -> float:
     """How much of the load the K busiest experts take beyond their fair share: 0 none, 1 all that there is.
 
-    K is the mean number of picks per token, at least 1, and 1 for dense routing. The largest load alone does not tell: where one
-    token in ten is a comma, one of 32 experts has three times its share, and where a token picks 7 of 8, there is
-    always one that nearly all of them pick.
+    K is the mean number of picks per token, at least 1, and 1 for dense routing. The largest load alone does not tell:
+    where one token in ten is a comma, one of 32 experts has three times its share, and where a token picks 7 of 8,
+    there is always one that nearly all of them pick.
     """
     parts = np.sort(metrics.shares(site.load_E))[::-1]
     picks = 1.0 if site.manner.dense else max(float(site.load_E.sum()) / site.tokens, 1.0)

@@ -28,7 +28,6 @@ from ..experts.frozen import FrozenExperts
 from ..mixture import MoELoRAModel
 from ..registry import EXPERTS, ROUTERS, TRAINERS
 from ..routers.lora_mixer import LoRAMixerRouter, PreserveLoss
-from .live import LiveProgress
 from .lora_mixer_config import Experts, LoRAMixerTrainerConfig, Phase, Stage
 from .sft import SFT, SFTConfig, SFTTrainer
 from .stages import Stages
@@ -200,7 +199,7 @@ class LoRAMixer(SFT):
             experts=stage.experts,
             preserve_coef=stage.preserve_coef,
             begin=stages.folder(number - 1) if number > 1 else None,
-            callbacks=[LiveProgress(f"stage {number} of {len(stages.names)}, {stage.phase}")],
+            callbacks=recipe.trainer.callbacks(f"stage {number} of {len(stages.names)}, {stage.phase}"),
         )
         if stage.samples is not None:
             if not isinstance(trainer.train_dataset, data.TokenizedSet):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .. import data
 from ..backbone import load_backbone
@@ -16,6 +16,7 @@ from ..config import Pluggable, Recipe
 from ..errors import ConfigError
 from ..mixture import MoELoRAModel, attach
 from ..registry import TRAINERS, closest
+from .alarm import AlarmConfig, CollapseAlarm
 from .live import LiveProgress
 from .mixture_trainer import MixtureTrainer
 from .optimizer import GroupOptions
@@ -48,6 +49,8 @@ class SFTConfig(Pluggable, GroupOptions):
             are the recipe's.
         step_balance: balance the experts over whole optimizer steps, at the cost of one more forward; see
             :class:`~moelora.trainers.MixtureTrainer`.
+        collapse_alarm: when to warn that the experts of a site collapse; ``true`` with the usual limits, ``false``
+            never.
         aux_warmup_steps: optimizer steps, or below 1 their share of all, in which the coefficients of the auxiliary
             losses grow from 0 to what they are.
     """
@@ -56,6 +59,7 @@ class SFTConfig(Pluggable, GroupOptions):
     args: dict[str, Any] = Field(default_factory=dict)
     step_balance: bool = False
     aux_warmup_steps: Annotated[float, Field(ge=0)] = 0
+    collapse_alarm: AlarmConfig | bool = True
 
     @field_validator("args")
     @classmethod
@@ -71,11 +75,24 @@ class SFTConfig(Pluggable, GroupOptions):
         cuda = torch.cuda.is_available()
         machine = {"use_cpu": not cuda, "dataloader_pin_memory": cuda}
         try:
-            return TrainingArguments(
+            args = TrainingArguments(
                 **{**DEFAULTS, **machine, **self.args, "output_dir": str(output_dir), "seed": seed}
             )
         except (ValueError, TypeError) as error:
             raise ConfigError(f"trainer.args: {' '.join(str(error).split())}") from None
+        if args.deepspeed and args.use_cpu:
+            # On a CPU accelerate starts torch's processes and not DeepSpeed's, which then counts one of them.
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo")
+        return args
+
+    def callbacks(self, title: str = "training") -> list[TrainerCallback]:
+        """What a run is watched by: a progress bar of this title, and the alarm unless it is off."""
+        alarm = self.collapse_alarm
+        if alarm is False:
+            return [LiveProgress(title)]
+        return [LiveProgress(title), CollapseAlarm(None if alarm is True else alarm)]
 
     def trainer_options(self) -> dict[str, Any]:
         """What :class:`~moelora.trainers.MixtureTrainer` is told beside its arguments."""
@@ -191,5 +208,5 @@ class SFT:
             train_dataset=train,
             eval_dataset=test,
             processing_class=tokenizer,
-            **{"callbacks": [LiveProgress()], **recipe.trainer.trainer_options(), **options},
+            **{"callbacks": recipe.trainer.callbacks(), **recipe.trainer.trainer_options(), **options},
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ def start(processes: Any, folder: Path, kind: str, fault: str = "", resume: bool
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    step = multiprocessing.get_context("forkserver").Value("i", 0)
+    step = processes.Value("i", 0, lock=False)
     children = [
         processes.Process(target=killed, args=(rank, 2, port, folder, kind, fault, step, resume)) for rank in range(2)
     ]
