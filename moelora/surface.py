@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-
 # What TRL's trainers read of a configuration to learn that outputs have an ``aux_loss``, whose coefficients a mixture
 # has multiplied in already; the backbone's own feed-forward layers are none of experts.
 ROUTED = {"output_router_logits": False, "router_aux_loss_coef": 1.0, "num_experts": 0, "num_experts_per_tok": None}

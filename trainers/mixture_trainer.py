@@ -12,22 +12,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError
 from ..mixture import MoELoRAModel, StepLoad
 from ..routing import RoutingRecord, SiteInfo
 from .alarm import CollapseAlarm
-from .checkpointing import CheckpointingTrainer
-from .finite import bad_gradients, first_non_finite
 from .live import LiveProgress
 from .meter import Averages, LoadMeter, balanced, only_listener
 from .optimizer import GroupOptions, learning_rates, parameter_groups
+from .stopping import StoppingTrainer
 
 STATE = "moelora"
 
 logger = logging.getLogger(__name__)
 
 
-class MixtureTrainer(CheckpointingTrainer):
+class MixtureTrainer(StoppingTrainer):
     """``transformers.Trainer`` for a :class:`~moelora.mixture.MoELoRAModel`.
 
     It adds to the log ``task_loss``, every auxiliary loss as ``aux/<name>`` and the load of the experts as
@@ -85,9 +84,7 @@ class MixtureTrainer(CheckpointingTrainer):
         self._step_load_meter = LoadMeter(model, gates=True)
         self._window = Averages()
         self._evaluated = Averages()
-        self._batches: list[Any] = []
         self._step_load: StepLoad | None = None
-        self._done = 0
         self._rates: dict[str, float] = {}
         # Before all others, which then see what the step came to.
         self.callback_handler.callbacks.insert(0, _Hooks(self))
@@ -130,13 +127,9 @@ class MixtureTrainer(CheckpointingTrainer):
             self._step_load_meter(site, record)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of the next optimizer step; kept for the step's load and for naming a bad one."""
-        if self.state.global_step >= self.state.max_steps:  # resumed after its last step, of which there is no next
-            self.control.should_training_stop = True
-            return [], None
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self._batches, self._done, self._step_load = batches, 0, None
-        return batches, num_items
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._step_load = None
+        return batches
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -144,17 +137,7 @@ class MixtureTrainer(CheckpointingTrainer):
         # Not in get_batch_samples: after a resume the random state is restored between the two.
         if self._done == 0 and self.step_balance and self.model.groups():
             self._step_load = self._measure_step(num_items_in_batch)
-        before = torch.get_rng_state()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._done += 1
-        if not bool(loss.isfinite().all()):
-            torch.set_rng_state(before)
-            self._stop(
-                f"the loss of micro-batch {self._done} of {len(self._batches)} is {float(loss)}",
-                "all outputs of the forward pass are finite; does any token of the step have a label?",
-                [inputs],
-            )
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -243,36 +226,6 @@ class MixtureTrainer(CheckpointingTrainer):
                 callback.count(step)
         step.clear()
         self._window.weight += 1
-
-    # -- what must not go on -------------------------------------------------------------------------------------
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        scaler = getattr(self.accelerator, "scaler", None)  # with float16 the scaler skips such a step by itself
-        if scaler is None and norm is not None and not bool(torch.as_tensor(norm).isfinite()):
-            bad = ", ".join(bad_gradients(self.model)[:3]) or "none that this process holds"
-            self._stop(
-                f"the norm of the gradient is {float(norm)}; parameters with such a gradient: {bad}",
-                "all outputs of the forward pass are finite, so it came about in the backward pass",
-                self._batches,
-            )
-        return norm
-
-    @torch.no_grad()
-    def _stop(self, what: str, otherwise: str, batches: list[Any]) -> None:
-        """Find the first module with a non-finite output, then raise."""
-        origin = None
-        for batch in batches:
-            inputs = self._prepare_inputs(batch)
-            with only_listener(self.model.slot):
-                origin = first_non_finite(self.model, lambda given=inputs: self.model(**given))  # type: ignore[misc]
-            if origin is not None:
-                break
-        where = otherwise if origin is None else origin.describe(inputs, self.processing_class)
-        raise TrainingError(
-            f"step {self.state.global_step + 1}: {what}; {where}. The step was not taken: weights and optimizer are "
-            "those of the step before. Lower learning_rate, set max_grad_norm, or look at the named sequences"
-        )
 
     # -- optimizer -----------------------------------------------------------------------------------------------
 

@@ -214,10 +214,10 @@ class RemixTrainer(SFTTrainer):
         self._window.add(statistics, 1 / self.current_gradient_accumulation_steps)
 
     @torch.no_grad()
-    def _stop(self, what: str, otherwise: str, batches: list[Any]) -> None:
+    def _stop(self, what: str, otherwise: str, batches: list[Any], taken: bool = False) -> None:
         # Routers that sites share draw from seeds only.
         with self.model.routing_context(selection_seeds=(self._seed(0, 0),)):
-            super()._stop(what, otherwise, batches)
+            super()._stop(what, otherwise, batches, taken)
 
 
 def _refuse_without_sampling(kinds: set[str]) -> None:
