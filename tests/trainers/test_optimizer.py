@@ -61,7 +61,7 @@ def test_rates_are_in_the_log_and_follow_the_schedule(make_model, make_trainer) 
     trainer.train()
     logged = [{k: v for k, v in line.items() if k.startswith("lr/")} for line in trainer.state.log_history[:4]]
     assert logged[0].keys() == {"lr/experts", "lr/lora_B", "lr/routers"}
-    for line, share in zip(logged, (0.75, 0.5, 0.25, 0.0), strict=True):
+    for line, share in zip(logged, (1.0, 0.75, 0.5, 0.25), strict=True):
         assert line == pytest.approx({"lr/experts": 1e-2 * share, "lr/lora_B": 4e-2 * share, "lr/routers": 0.1 * share})
 
 
