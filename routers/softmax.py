@@ -37,7 +37,8 @@ class SoftmaxConfig(GateConfig):
 
     Attributes:
         aux_loss_coef: factor of ``localized_balance``; at 0 the loss is 0 and no types are needed.
-        delta: how much more a sequence should use the experts of its own type, 0 for plain balance.
+        delta: how far the balance tells the experts of a sequence's own type from the others, 0 for plain balance. As
+            released it is even when a sequence uses its own ones less; see the card.
         form: ``released`` is var / mean^2, ``paper`` is var / mean.
         count_padding: take the importance over padding as well, as the released code does.
         expert_types: the type that each expert belongs to; ``None`` gives type 1 the first half of the experts and
