@@ -7,14 +7,19 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, DistributedType, GradientState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from tiny_runs import build_model, build_rows, build_trainer, log_lines
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import moelora
 from moelora import checkpoints
@@ -23,8 +28,8 @@ from moelora.trainers import SFTTrainer
 
 # Gradient accumulation, and whether tokens are averaged across processes.
 ALL = tuple((steps, average) for steps in (1, 4) for average in (True, False))
-COMBINATIONS = {"ddp": ALL, "zero1": ALL[2:], "zero2": ALL, "zero3": ALL}
-STAGES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+COMBINATIONS = {"ddp": ALL, "zero1": ALL[2:], "zero2": ALL, "zero3": ALL, "fsdp2": ALL[2:]}
+STAGES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
 STEPS = {
     "max_steps": 20,
     "train_sampling_strategy": "sequential",
@@ -107,8 +112,30 @@ class WholeGradients(TrainerCallback):
         for name, parameter in self.trainer.model.adapter_tensors().items():
             sharded = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
             grad = safe_get_full_grad(parameter) if sharded else parameter.grad
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
             found[name] = torch.zeros_like(parameter) if grad is None else grad.clone()
         self.steps.append(found)
+
+
+@contextmanager
+def split_by_layer() -> Iterator[None]:
+    """Trainers made within the block use FSDP2, which accelerate offers on GPUs alone; torch knows it on CPUs too."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def with_plugin(self: Any) -> None:
+        create(self)  # type: ignore[no-untyped-call]
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            state_dict_type="SHARDED_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+            reshard_after_forward=True,
+        )
+        AcceleratorState._shared_state.update(fsdp_plugin=plugin, distributed_type=DistributedType.FSDP)
+        self.is_fsdp_enabled = True
+
+    with patch.object(Trainer, "create_accelerator_and_postprocess", with_plugin):
+        yield
 
 
 def train(kind: str, folder: Path, resume: str | None = None, **options: Any) -> SFTTrainer:
@@ -116,7 +143,8 @@ def train(kind: str, folder: Path, resume: str | None = None, **options: Any) ->
     fresh()
     options = {**STEPS, **options}
     model, rows = options.pop("model", None) or build_model(), options.pop("rows", None) or build_rows()
-    trainer = build_trainer(folder, model, rows, **arguments(kind, **options))
+    with split_by_layer() if kind == "fsdp2" else nullcontext():
+        trainer = build_trainer(folder, model, rows, **arguments(kind, **options))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, WholeGradients):
             callback.trainer = trainer
@@ -172,6 +200,8 @@ def study(rank: int, world: int, port: int, folder: Path, kinds: tuple[str, ...]
         got["idle"] = idle_gradients(kind, own / "idle", rank)
         twenty = train(kind, own / "twenty", gradient_accumulation_steps=2, step_balance=True)
         got["twenty"] = final(twenty, own / "twenty" / "final")
+        uneven = train(kind, own / "uneven", rows=build_rows(15), gradient_accumulation_steps=2, max_steps=5)
+        got["uneven"] = final(uneven, own / "uneven" / "final")
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
         whole = train(kind, own / "whole", **saving)
         got["whole"] = final(whole, own / "whole" / "final"), log_lines(whole)

@@ -1,7 +1,8 @@
-"""Data parallelism and every stage of ZeRO train what one process with the same rows trains, and save no backbone."""
+"""Data parallelism, ZeRO and FSDP2 train what one process with the same rows trains, and save no frozen weight."""
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tiny_runs import assert_identical, build_model, build_rows, build_trainer
 
 from moelora import checkpoints
 from moelora.data import Collator
+from moelora.errors import CheckpointError
+from moelora.trainers.sharded import refuse_foreign_state
 
 LIMIT = 600  # seconds after which a process counts as hanging, on a machine that has other work
 
@@ -113,5 +116,20 @@ def test_checkpoints_are_whole_and_native(results: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", STAGES)
 def test_a_checkpoint_holds_the_adapter_and_its_optimizer_and_nothing_else(results: Any, kind: str) -> None:
     total, adapter = results[1][0][kind]["bytes"]
-    moments = 3 if kind[-1:] != "0" and kind != "ddp" else 2  # ZeRO keeps a copy that it updates beside AdamW's two
+    moments = 2 if kind in ("ddp", "fsdp2", "zero0") else 3  # ZeRO keeps a copy that it updates beside AdamW's two
     assert total <= 1.05 * (1 + moments) * adapter
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STAGES if kind != "ddp"])
+def test_rows_that_do_not_come_out_even_are_shared_out_alike(results: Any, kind: str) -> None:
+    for name, value in results[1][0]["ddp"]["uneven"].items():
+        assert (results[1][0][kind]["uneven"][name] - value).abs().max() <= 1e-5, name
+
+
+def test_state_of_other_processes_or_other_runs_is_refused(results: Any, tmp_path: Path) -> None:
+    run = results[0] / "zero2" / "whole"
+    refuse_foreign_state(run / "checkpoint-2", run, 2)
+    with pytest.raises(CheckpointError, match=r"saved by 2 processes, resumed with 4: .* resume with 2"):
+        refuse_foreign_state(run / "checkpoint-2", run, 4)
+    with pytest.raises(CheckpointError, match=rf"pickled, .* move it to {re.escape(str(tmp_path))}"):
+        refuse_foreign_state(run / "checkpoint-2", tmp_path, 2)
