@@ -78,6 +78,7 @@ def arguments(kind: str, **more: Any) -> dict[str, Any]:
 
 def fresh() -> None:
     """Let the next trainer of this process have another configuration than the last one."""
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by arguments that name a configuration
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
