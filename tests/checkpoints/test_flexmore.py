@@ -167,7 +167,7 @@ def test_the_configuration_of_the_dense_model_is_the_sparse_ones(tmp_path: Path)
         del values[key]
     values |= {"rope_theta": 12345.0, "pad_token_id": None}
     (folder / "config.json").write_text(json.dumps(values))
-    config = moelora.from_pretrained(folder).config
+    config = moelora.from_pretrained(folder).unload().config
     assert config.rms_norm_eps == 1e-6  # 1e-5 in OLMo 2
     assert config.rope_parameters["rope_theta"] == 12345.0
     assert not hasattr(config, "expert_ranks") and not hasattr(config, "num_experts")
