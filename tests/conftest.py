@@ -25,17 +25,22 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers that tests in several folders share
 
-# These compare with PEFT, an extra: where the package is tested with what it requires alone, they cannot be imported.
-WITH_PEFT = [
-    "checkpoints/test_peft.py",
-    "checkpoints/test_peft_arrow.py",
-    "checkpoints/test_peft_refusals.py",
-    "checkpoints/test_peft_xlora.py",
-    "checkpoints/test_phi4.py",
-    "checkpoints/test_xlora.py",
-    "composition/test_compose.py",
-]
-collect_ignore = [] if importlib.util.find_spec("peft") else WITH_PEFT
+# These need an extra: where the package is tested with what it requires alone, they cannot be imported.
+NEEDING = {
+    "hypothesis": ["data/test_mixing.py", "data/test_packing.py", "data/test_streaming.py"],
+    "lm_eval": ["evaluation/test_eval_cli.py", "evaluation/test_harness.py"],
+    "peft": [
+        "checkpoints/test_peft.py",
+        "checkpoints/test_peft_arrow.py",
+        "checkpoints/test_peft_refusals.py",
+        "checkpoints/test_peft_xlora.py",
+        "checkpoints/test_phi4.py",
+        "checkpoints/test_xlora.py",
+        "composition/test_compose.py",
+    ],
+    "tensorboard": ["trainers/test_reporting.py"],
+}
+collect_ignore = [file for name, files in NEEDING.items() if importlib.util.find_spec(name) is None for file in files]
 
 
 def pytest_report_header() -> str:
