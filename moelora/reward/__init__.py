@@ -1,0 +1,1 @@
+"""Reward models: what people prefer, learnt by experts of one backbone."""
