@@ -21,6 +21,8 @@ from .data_config import ColumnsConfig as ColumnsConfig
 from .data_config import DataConfig as DataConfig
 from .data_config import DatasetData as DatasetData
 from .data_config import MixtureData as MixtureData
+from .data_config import PreferenceColumns as PreferenceColumns
+from .data_config import PreferenceData as PreferenceData
 from .data_config import ReasoningGymData as ReasoningGymData
 from .errors import ConfigError
 from .registry import EXPERTS, ROUTERS, TRAINERS, closest

@@ -1,4 +1,5 @@
-"""The data section of a recipe: procedural tasks, a user's own tables, conversations and streams, and mixtures of them.
+"""The data section of a recipe: procedural tasks, a user's own tables, conversations and streams, mixtures of them,
+and rankings of responses.
 
 :mod:`moelora.config` has these classes too.
 """
@@ -88,8 +89,8 @@ class ColumnsConfig(Closed):
         return self
 
 
-class DatasetData(Closed):
-    """A user's own data: a local JSONL, JSON, CSV or Parquet file, or a hub id, read through ``datasets``.
+class TableData(Closed):
+    """Tables that are read through ``datasets``: local JSONL, JSON, CSV or Parquet files, or a hub id.
 
     Attributes:
         path: the file (or glob) of training examples, or a hub id.
@@ -97,6 +98,24 @@ class DatasetData(Closed):
         name: configuration name of a hub data set.
         split: split to train on; test_split: split to evaluate on (hub ids).
         limit: at most this many training examples.
+        seed: of the choice of what is held out.
+    """
+
+    kind: str
+    path: str
+    test_path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    test_split: str | None = None
+    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    limit: Annotated[int, Field(gt=0)] | None = None
+    seed: int = 0
+
+
+class DatasetData(TableData):
+    """A user's own data: questions and answers, or conversations; see :class:`TableData` for the rest.
+
+    Attributes:
         columns: the column mapping.
         system: system message of every prompt; ``columns.system`` gives one for each row instead. A conversation that
             begins with a system message of its own keeps that.
@@ -110,16 +129,8 @@ class DatasetData(Closed):
     """
 
     kind: Literal["dataset"] = "dataset"
-    path: str
-    test_path: str | None = None
-    name: str | None = None
-    split: str = "train"
-    test_split: str | None = None
-    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    limit: Annotated[int, Field(gt=0)] | None = None
     columns: ColumnsConfig = ColumnsConfig()
     system: str | None = None
-    seed: int = 0
     task_type: TaskType | None = None
     loss_turns: Literal["all", "last"] = "all"
     streaming: bool = False
@@ -208,4 +219,74 @@ class MixtureData(Closed):
         return all(source.has_task_types for source in self.sources.values())
 
 
-DataConfig = Annotated[ReasoningGymData | DatasetData | MixtureData, Field(discriminator="kind")]
+class PreferenceColumns(Closed):
+    """Which columns of preference data hold what: rows of one of three layouts.
+
+    ``None`` means the column of that very name, if there is one (``answers`` and ``margin`` have to be named); a text
+    here that is no column is an error. The layout follows from what is named, else from what is there, in this order:
+    ``responses`` (K responses in a row), ``chosen`` and ``rejected``, ``response`` (one in a row; rows of the same
+    prompt become one ranking). A cell that holds a list or a mapping may hold it as JSON text (for CSV).
+
+    Attributes:
+        prompt: a text, a list of ``{role, content}``, or, with ``answers``, a list of what the user says. Pairs need
+            none where ``chosen`` and ``rejected`` are whole conversations, as messages or as a text with
+            ``\n\nHuman:`` and ``\n\nAssistant:``: the turns before the last one are the prompt then.
+        answers: what the assistant answered to each of these but the last.
+        responses: a list of texts. chosen, rejected: a text, a list of texts, or a conversation. response: a text.
+        ranks: of the responses, smaller is better, null where nothing is known; or ``{pairs, ties, margins}``, see
+            :func:`~moelora.data.preferences.to_rows`. scores: of the responses, larger is better; gold scores, which
+            rank the responses where ``ranks`` does not. With ``response`` both are one number in a row.
+        margin: of chosen over rejected.
+        category: of the task.
+        capabilities: a column with a mapping from capabilities to ranks; or for each capability a column of scores.
+    """
+
+    prompt: str | None = None
+    answers: str | None = None
+    responses: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    response: str | None = None
+    ranks: str | None = None
+    scores: str | None = None
+    margin: str | None = None
+    category: str | None = None
+    capabilities: str | Annotated[dict[str, str], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> Self:
+        pairs = "chosen" if self.chosen is not None else "rejected" if self.rejected is not None else None
+        layouts = [name for name in ("responses", pairs, "response") if name and getattr(self, name) is not None]
+        if len(layouts) > 1:
+            raise ValueError(f"{' and '.join(layouts)} belong to different layouts of a row: name one")
+        for field in ("ranks", "scores"):
+            if pairs and getattr(self, field) is not None:
+                raise ValueError(f"{field} is of responses, and {pairs} says by itself which is better: drop one")
+        if self.margin is not None and layouts and not pairs:
+            raise ValueError(f"margin is of chosen over rejected, not of {layouts[0]}: drop it")
+        if self.answers is not None and self.prompt is None:
+            raise ValueError("answers is of what the user said before: name that column with prompt")
+        return self
+
+
+class PreferenceData(TableData):
+    """Which responses are better, for reward models; see :class:`TableData` for the rest.
+
+    Held out are whole prompts, the same share of each category, whatever the order of the rows.
+
+    Attributes:
+        columns: the column mapping.
+        score_margin: by how much the better reward should be above, for each unit of the gap between the scores.
+    """
+
+    kind: Literal["preferences"] = "preferences"
+    columns: PreferenceColumns = PreferenceColumns()
+    score_margin: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @property
+    def has_task_types(self) -> bool:
+        """Rankings have none."""
+        return False
+
+
+DataConfig = Annotated[ReasoningGymData | DatasetData | MixtureData | PreferenceData, Field(discriminator="kind")]

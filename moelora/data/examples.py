@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from ..config import DatasetData, MixtureData, ReasoningGymData
+from ..config import DatasetData, MixtureData, PreferenceData, ReasoningGymData
 from ..data_config import DataConfig
+from ..errors import ConfigError
 from . import gym, tables
 from .example import Example as Example
 from .example import Question, Splits, fresh, mix
@@ -26,8 +27,10 @@ def load_examples(config: DataConfig, task: str | None = None) -> Splits:
         task: of the rows of a user's table, where no column says it.
 
     Raises:
+        ConfigError: the data are rankings, which have no answers to learn.
         DataError: a file, column, task or package is missing; a cell is empty; or nothing is left to train on.
     """
+    config = examples_only(config)
     if isinstance(config, MixtureData):
         splits = _mixture(config)
     elif isinstance(config, ReasoningGymData):
@@ -37,6 +40,21 @@ def load_examples(config: DataConfig, task: str | None = None) -> Splits:
     if splits.dropped:
         logger.info("%d examples left out: their questions were there already", splits.dropped)
     return splits
+
+
+def examples_only(config: DataConfig) -> ReasoningGymData | DatasetData | MixtureData:
+    """The configuration itself, if it describes examples.
+
+    Raises:
+        ConfigError: it describes rankings, which have no answers to learn.
+    """
+    if isinstance(config, PreferenceData):
+        raise ConfigError(
+            "data.kind: preferences says which responses are better, and holds no answers to learn; trainer: {kind: "
+            "reward} takes it (moelora train dmoerm). To learn the better answers, read the file with data: {kind: "
+            "dataset} and name their column"
+        )
+    return config
 
 
 def streamed(config: DataConfig) -> dict[str, DatasetData]:

@@ -11,7 +11,7 @@ from ..config import DatasetData, MixtureData, Recipe
 from ..errors import ConfigError, DataError
 from .chat import TokenizedSet, tokenize
 from .example import Example, task_names
-from .examples import load_examples, streamed
+from .examples import examples_only, load_examples, streamed
 from .packing import PackedSet, packed
 from .streaming import SourceReader, StreamedSet, StreamOptions
 
@@ -77,12 +77,13 @@ def read_data(recipe: Recipe, max_steps: int = -1) -> RecipeData:
         max_steps: optimizer steps of the training, if it is they that end it; of a stream nothing else can.
 
     Raises:
-        ConfigError: there are no data; a router needs what they do not give, or cannot train on packed rows; a stream
-            without a number of steps.
+        ConfigError: there are no data, or none with answers; a router needs what they do not give, or cannot train on
+            packed rows; a stream without a number of steps.
         DataError: see :func:`~moelora.data.load_examples`.
     """
     if recipe.data is None:
         raise ConfigError("data: this recipe names no data to train on; add data: {kind: dataset, path: my.jsonl}")
+    examples_only(recipe.data)
     check_routers(recipe)
     sources = streamed(recipe.data)
     if sources and max_steps <= 0:

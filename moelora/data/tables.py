@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from ..config import DatasetData
+from ..data_config import TableData
 from ..errors import DataError
 from ..registry import closest
 from .example import Example, Message, Question, Splits, fresh, last_answer, mix
@@ -91,10 +92,23 @@ class RowReader:
 
 
 def read_messages(cell: Any, place: str) -> tuple[Message, ...]:
-    """The turns of a conversation in a cell: a list of mappings, or that list as JSON text.
+    """The turns of a conversation in a cell, as :func:`read_turns`, with something to learn.
 
     Raises:
         DataError: it is no conversation, or the assistant says nothing in it.
+    """
+    messages = read_turns(cell, place)
+    if not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        raise DataError(f"{place}: no turn is the assistant's, so there is nothing to learn; the roles are {roles}")
+    return messages
+
+
+def read_turns(cell: Any, place: str) -> tuple[Message, ...]:
+    """Turns in a cell: a list of mappings, or that list as JSON text.
+
+    Raises:
+        DataError: it is neither.
     """
     if isinstance(cell, str):
         try:
@@ -111,9 +125,6 @@ def read_messages(cell: Any, place: str) -> tuple[Message, ...]:
         messages.append({key: value for key, value in turn.items() if value is not None})
         if not set(messages[-1]) - {"role"}:
             raise DataError(f"{place}: turn {number} has no content; {FORM}")
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
-        raise DataError(f"{place}: no turn is the assistant's, so there is nothing to learn; the roles are {roles}")
     return tuple(messages)
 
 
@@ -154,7 +165,7 @@ def read(config: DatasetData, task: str | None = None) -> Splits:
     return Splits(train[: config.limit], test, first + second)
 
 
-def open_table(config: DatasetData, path: str, split: str, streaming: bool = False) -> Any:
+def open_table(config: TableData, path: str, split: str, streaming: bool = False) -> Any:
     """A file, several files (glob), or a split of a hub data set, as a data set of ``datasets``.
 
     Raises:

@@ -86,4 +86,5 @@ def ranking_loss(
     if center_coef:
         loss_P = loss_P + center_coef * (winners_P + losers_P).square()
     _, group_P, sizes_G = torch.unique(c.groups, return_inverse=True, return_counts=True)
-    return (loss_P / sizes_G[group_P]).sum() / (len(sizes_G) if num_rankings is None else num_rankings)
+    loss: Tensor = (loss_P / sizes_G[group_P]).sum() / (len(sizes_G) if num_rankings is None else num_rankings)
+    return loss
