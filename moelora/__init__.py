@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .mixture import attach as attach
     from .mixture import from_pretrained as from_pretrained
     from .mixture import trace as trace
+    from .reward.config import RewardConfig as RewardConfig
+    from .reward.model import RewardModel as RewardModel
 
 # The public API, resolved at first use so that `import moelora` and `moelora --help` stay quick.
 _PUBLIC = {
@@ -38,6 +40,8 @@ _PUBLIC = {
     "MixtureConfig": "config",
     "MoELoRAModel": "mixture",
     "Recipe": "config",
+    "RewardConfig": "reward.config",
+    "RewardModel": "reward.model",
     "SiteConfig": "config",
     "attach": "mixture",
     "compose": "composition.compose",

@@ -42,7 +42,7 @@ def attach(
             carry experts, or the backbone carries some already; the backbone is then as it was.
     """
     config = mixture_config(mixture)
-    _refuse_taken(backbone)
+    refuse_taken(backbone)
     slot = RoutingSlot()
     return MoELoRAModel(backbone, Adapter(adapter_name, config, build_parts(backbone, config, slot)), slot)
 
@@ -56,7 +56,12 @@ def mixture_config(mixture: MixtureConfig | Recipe | Mapping[str, Any] | str | P
     return mixture if isinstance(mixture, MixtureConfig) else MixtureConfig.parse(mixture)
 
 
-def _refuse_taken(backbone: PreTrainedModel) -> None:
+def refuse_taken(backbone: PreTrainedModel) -> None:
+    """Check that this is a backbone that carries no experts yet.
+
+    Raises:
+        ConfigError: it is none, or carries some.
+    """
     if not isinstance(backbone, PreTrainedModel):
         raise ConfigError(
             f"attach takes a transformers model, got {type(backbone).__name__}; for another module build containers "
@@ -110,10 +115,16 @@ def from_pretrained(
 def put_on(backbone: PreTrainedModel, stored: Stored, adapter_name: str = "default") -> MoELoRAModel:
     """Attach what a checkpoint describes, filled with its numbers; the model is in evaluation mode.
 
+    Of a checkpoint that says how its experts make up a reward it is a :class:`~moelora.RewardModel`.
+
     Raises:
         CheckpointError, ConfigError: it does not fit or is damaged; the backbone is then as it was.
     """
-    _refuse_taken(backbone)
+    refuse_taken(backbone)
+    if stored.reward is not None:
+        from .reward.model import RewardModel
+
+        return RewardModel.put_on(backbone, stored, adapter_name)
     slot = RoutingSlot()
     model = MoELoRAModel(backbone, read_adapter(stored, backbone, slot, adapter_name), slot)
     model.train(False)

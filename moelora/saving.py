@@ -86,10 +86,15 @@ class Saving(Carrying):
                 sites=adapter.sites(),
                 architecture=Architecture.of(self.config),
                 card=adapter.card if card is None else card,
+                **self.sections(),
             )
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, selected_adapters=selected_adapters, **kwargs)
+
+    def sections(self) -> dict[str, Any]:
+        """What a kind of model adds to the configuration of its checkpoint, as arguments of ``native.save``."""
+        return {}
 
     def push_to_hub(  # type: ignore[override]
         self,

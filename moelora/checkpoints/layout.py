@@ -88,6 +88,8 @@ class Content:
     Attributes:
         sites: names of the sites of each entry of ``mixture.sites``, in the order of the backbone.
         tensors: by the mixture's names, ``<site>.lora_A`` and so on.
+        reward: how the experts make up a reward model, see ``moelora/reward/config.py``; only the native layout has a
+            place for it.
     """
 
     backbone: BackboneConfig
@@ -95,6 +97,7 @@ class Content:
     mixture: MixtureConfig
     sites: Sequence[Sequence[str]]
     tensors: Mapping[str, Tensor]
+    reward: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -103,7 +106,7 @@ class Stored(ABC):
 
     Attributes:
         layout: name of the layout. detail: what else there is to say about it, such as a generation.
-        folder: where it lies. file: its tensors.
+        folder: where it lies. file: its tensors. reward: as in :class:`Content`.
     """
 
     layout: ClassVar[str]
@@ -113,6 +116,7 @@ class Stored(ABC):
     mixture: MixtureConfig
     file: TensorFile
     detail: str = field(default="", kw_only=True)
+    reward: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def declared(self) -> dict[str, Shape]:

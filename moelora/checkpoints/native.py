@@ -39,6 +39,7 @@ class NativeConfig(Closed):
     architecture: Architecture
     mixture: MixtureConfig
     sites: list[list[Annotated[str, Field(pattern=r"^[\w.-]+$")]]]
+    reward: dict[str, Any] | None = None
 
 
 @dataclass
@@ -88,7 +89,8 @@ class NativeLayout(Layout):
         format_version (1); moelora, the version that wrote it; backbone (name, quantization, dtype, revision,
         subfolder); architecture (model_type, hidden_size, num_hidden_layers, hidden_act: compared with the backbone
         before anything is attached); mixture, every field written out; sites, for each entry of mixture.sites the
-        names of its modules in the order of the backbone.
+        names of its modules in the order of the backbone; reward, of a reward model only: its categories, their
+        capabilities and how they are joined (``moelora/reward/config.py``).
     ``moelora.safetensors``
         the adapter's tensors and nothing else, in the dtype they were trained in: ``<site>.lora_A`` (R, in) and
         ``<site>.lora_B`` (out, R) at a linear site, ``<site>.<projection>.lora_A`` and so on at a block site,
@@ -122,7 +124,8 @@ class NativeLayout(Layout):
                 f"mixture.sites, found {len(config.sites)}; the file was edited: restore it"
             )
         _refuse_huge(path, config, {key: header.shape for key, header in file.headers.items()})
-        return NativeStored(folder.path, config.backbone, config.architecture, config.mixture, file, config.sites)
+        parts = (config.backbone, config.architecture, config.mixture, file, config.sites)
+        return NativeStored(folder.path, *parts, reward=config.reward)
 
     def write(self, folder: Path, content: Content) -> None:
         _write(folder, content, None)
@@ -137,6 +140,7 @@ def save(
     sites: Sequence[Sequence[str]],
     architecture: Architecture,
     card: str | None = None,
+    reward: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a native checkpoint; a reader sees the old one or the new one, never a part.
 
@@ -145,12 +149,13 @@ def save(
     Args:
         tensors: by the mixture's names. sites: as in :class:`~moelora.checkpoints.layout.Content`.
         card: text of the README.md; without it a short one is written, unless there already is one.
+        reward: as in :class:`~moelora.checkpoints.layout.Content`.
 
     Raises:
         CheckpointError: a tensor is not finite, or the disk is full or not writable; the old checkpoint is whole.
     """
     folder = Path(path)
-    content = Content(backbone, architecture, mixture, sites, tensors)
+    content = Content(backbone, architecture, mixture, sites, tensors, reward)
     bad = [f"{name} ({count} elements)" for name, value in tensors.items() if (count := not_finite(value))]
     if bad:
         raise CheckpointError(
@@ -185,6 +190,7 @@ def _write(folder: Path, content: Content, card: str | None) -> None:
         architecture=content.architecture,
         mixture=content.mixture,
         sites=[list(names) for names in content.sites],
+        reward=None if content.reward is None else dict(content.reward),
     )
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
     # Bytes that are no UTF-8 are those of a card that was there.
