@@ -38,8 +38,8 @@ def load(stats: RoutingStats) -> Figure:
     groups = list(stats.groups.values())
     most = max(float(np.nanmax(metrics.utilisation(site.load_E))) for site in stats.sites)
     traces = [_load_trace(sites, _ceiling(most)) for sites in groups]
-    figure = _figure(traces, height=140 + 30 * max(site.num_experts for site in stats.sites))
-    _axes(figure, "layer", "expert")
+    figure = blank(traces, height=140 + 30 * max(site.num_experts for site in stats.sites))
+    label_axes(figure, "layer", "expert")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category")
     if len(groups) > 1:
@@ -55,8 +55,8 @@ def tasks(stats: RoutingStats) -> Figure:
     for site, ratio in zip(stats.sites, shares, strict=True):
         names.append(f"{_label(site)} {html.escape(stats.kind(site))}".rstrip())
         traces.append(_task_trace(site, stats.tasks, ratio, ceiling))
-    figure = _figure(traces, height=210 + 34 * len(stats.tasks))
-    _axes(figure, "expert", "")
+    figure = blank(traces, height=210 + 34 * len(stats.tasks))
+    label_axes(figure, "expert", "")
     figure.update_yaxes(autorange="reversed", type="category", automargin=True)
     figure.update_xaxes(type="category")
     start = int(np.argmax([metrics.task_specialisation(site.load_NE) for site in stats.sites]))
@@ -77,8 +77,8 @@ def entropy(stats: RoutingStats) -> Figure:
             differs = [metrics.task_specialisation(site.load_NE) for site in sites]
             lines.append(("tasks routed apart", INK, "diamond", differs))
         traces += [_line(sites, name + suffix, colour, mark, index, values) for name, colour, mark, values in lines]
-    figure = _figure(traces, height=330)
-    _axes(figure, "layer", "0 … 1")
+    figure = blank(traces, height=330)
+    label_axes(figure, "layer", "0 … 1")
     figure.update_yaxes(range=[-0.03, 1.05], dtick=0.25, showgrid=True, gridcolor=GRID)
     figure.update_xaxes(type="category")
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, hovermode="x unified")
@@ -90,12 +90,15 @@ def require_plotly() -> None:
     try:
         import plotly  # noqa: F401
     except ImportError:
-        raise UserError(
-            "the routing report draws its figures with plotly, which is not installed: pip install 'moelora[viz]'"
-        ) from None
+        raise UserError("figures are drawn with plotly, which is not installed: pip install 'moelora[viz]'") from None
 
 
-def _graph_objects() -> Any:
+def graph_objects() -> Any:
+    """The module of plotly that has its kinds of traces.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
     require_plotly()
     import plotly.graph_objects
 
@@ -121,7 +124,7 @@ def _task_trace(site: SiteStats, names: Sequence[str], ratio: metrics.Array, cei
 def _heatmap(ratio: metrics.Array, x: Sequence[str], y: Sequence[str], ceiling: float, hover: str) -> Any:
     values = [[None if np.isnan(cell) else round(float(cell), 4) for cell in row] for row in ratio]
     marks = [["" if v is None else "✕" if v < metrics.DEAD_BELOW else f"{v:.1f}" for v in row] for row in values]
-    return _graph_objects().Heatmap(
+    return graph_objects().Heatmap(
         z=values,
         x=list(x),
         y=list(y),
@@ -144,7 +147,7 @@ def _heatmap(ratio: metrics.Array, x: Sequence[str], y: Sequence[str], ceiling: 
 
 
 def _line(sites: Sequence[SiteStats], name: str, colour: str, mark: str, index: int, values: list[float]) -> Any:
-    return _graph_objects().Scatter(
+    return graph_objects().Scatter(
         x=[_label(site) for site in sites],
         y=[round(value, 4) for value in values],
         name=name,
@@ -155,8 +158,9 @@ def _line(sites: Sequence[SiteStats], name: str, colour: str, mark: str, index: 
     )
 
 
-def _figure(traces: Sequence[Any], height: int) -> Figure:
-    figure: Figure = _graph_objects().Figure(list(traces))
+def blank(traces: Sequence[Any], height: int) -> Figure:
+    """These traces in the style of all figures; ``height`` in pixels."""
+    figure: Figure = graph_objects().Figure(list(traces))
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -169,7 +173,8 @@ def _figure(traces: Sequence[Any], height: int) -> Figure:
     return figure
 
 
-def _axes(figure: Figure, x: str, y: str) -> None:
+def label_axes(figure: Figure, x: str, y: str) -> None:
+    """Name both axes, without lines across the figure."""
     figure.update_xaxes(title={"text": x, "standoff": 8}, showgrid=False, zeroline=False)
     figure.update_yaxes(title={"text": y, "standoff": 8}, showgrid=False, zeroline=False)
 

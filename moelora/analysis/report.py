@@ -7,7 +7,7 @@ the page forbids itself every network access.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,26 +59,47 @@ def render(stats: RoutingStats) -> str:
     Raises:
         UserError: plotly is not installed.
     """
-    figures.require_plotly()
-    from plotly.offline import get_plotlyjs
-
     model = html.escape(stats.model or "this model")
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Routing of {model}</title><style>{_STYLE}</style>",
-        f"<script>{get_plotlyjs()}</script></head><body>",
         f"<h1>What the experts of {model} do</h1>",
         f'<p class="muted">{_measured(stats)}</p>',
         _cards(stats),
         _findings(stats),
         *_figures(stats),
         _table(stats),
-        "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return page(f"Routing of {model}", parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page with plotly in it, that opens offline and forbids itself every network access.
+
+    Args:
+        title: and ``parts`` of the body: HTML, in which what comes from elsewhere is escaped.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
+    figures.require_plotly()
+    from plotly.offline import get_plotlyjs
+
+    head = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{_STYLE}</style>",
+        f"<script>{get_plotlyjs()}</script></head><body>",
+    ]
+    return "\n".join([*head, *parts, "</body></html>"]) + "\n"
+
+
+def section(name: str, title: str, text: str, figure: Figure) -> str:
+    """A figure under its title and a line of explanation, all HTML; ``name`` is the id of the figure on its page."""
+    return (
+        f'<h2>{title}</h2><p class="muted">{text}</p><div class="figure">'
+        f"{figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=_CONFIG)}</div>"
+    )
 
 
 def write(stats: RoutingStats, folder: str | Path) -> Path:
@@ -182,11 +203,7 @@ def _figures(stats: RoutingStats) -> list[str]:
             figures.entropy,
         )
     )
-    return [
-        f'<h2>{title}</h2><p class="muted">{text}</p><div class="figure">'
-        f"{make(stats).to_html(full_html=False, include_plotlyjs=False, div_id=name, config=_CONFIG)}</div>"
-        for name, title, text, make in sections
-    ]
+    return [section(name, title, text, make(stats)) for name, title, text, make in sections]
 
 
 def _table(stats: RoutingStats) -> str:
