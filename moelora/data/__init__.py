@@ -15,6 +15,13 @@ from .mixing import mixing_plan as mixing_plan
 from .packing import PackedSet as PackedSet
 from .packing import check_packing as check_packing
 from .packing import packed as packed
+from .preferences import Comparison as Comparison
+from .preferences import Ranking as Ranking
+from .preferences import read_rankings as read_rankings
+from .preferences import write_rankings as write_rankings
+from .ranking_set import RankingCollator as RankingCollator
+from .ranking_set import RankingSet as RankingSet
+from .ranking_set import ResponseFormat as ResponseFormat
 from .sets import RecipeData as RecipeData
 from .sets import read_data as read_data
 from .streaming import StreamedSet as StreamedSet

@@ -34,6 +34,8 @@ class Comparison:
 class Ranking:
     """A prompt, responses to it, and what is known about which are better.
 
+    Comparisons are put in order, so that rankings that say the same are equal, and capabilities without any dropped.
+
     Attributes:
         prompt: messages ``{role, content}``, the last one the user's.
         responses: at least one text.
@@ -63,6 +65,9 @@ class Ranking:
             raise DataError(f"{self.where}: {problem}" if self.where else f"ranking: {problem}")
         if not self.key:
             object.__setattr__(self, "key", prompt_key(self.prompt))
+        object.__setattr__(self, "comparisons", _in_order(self.comparisons))
+        capabilities = {name: _in_order(found) for name, found in self.capabilities.items() if found}
+        object.__setattr__(self, "capabilities", capabilities)
 
     def _problem(self) -> str | None:
         for number, message in enumerate(self.prompt, start=1):
@@ -82,6 +87,12 @@ class Ranking:
             if problem:
                 return f"{f'capability {name!r}: ' if name else ''}{problem}"
         return None
+
+
+def _in_order(found: Iterable[Comparison]) -> tuple[Comparison, ...]:
+    """By the smaller and then the larger response; of a tie the smaller one first."""
+    same = (Comparison(min(c.winner, c.loser), max(c.winner, c.loser), tie=True) if c.tie else c for c in found)
+    return tuple(sorted(same, key=lambda c: (min(c.winner, c.loser), max(c.winner, c.loser))))
 
 
 def _problem_of(found: Iterable[Comparison], count: int) -> str | None:
@@ -123,10 +134,8 @@ def comparisons(
         DataError: an entry is no number.
     """
     order = ranks if ranks is not None else scores
-    for values in (ranks, scores):
-        for place, value in enumerate(values or ()):
-            if isinstance(value, bool) or not (value is None or isinstance(value, int | float)) or value != value:
-                raise DataError(f"entry {place} of the ranks or scores is {value!r}; a number or null is wanted")
+    check_order(ranks or ())
+    check_order(scores or ())
     found = []
     for first, one in enumerate(order or ()):
         for second, other in enumerate((order or ())[first + 1 :], start=first + 1):
@@ -138,6 +147,14 @@ def comparisons(
             winner, loser = (first, second) if (one < other) == (ranks is not None) else (second, first)
             found.append(Comparison(winner, loser, margin=_margin(scores, winner, loser, margin)))
     return tuple(found)
+
+
+def check_order(values: Order) -> None:
+    """Raise :class:`DataError` unless every entry is a number or ``None``."""
+    for place, value in enumerate(values):
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)):
+            continue
+        raise DataError(f"entry {place} is {value!r}; a number or null is wanted")
 
 
 def _margin(scores: Order | None, winner: int, loser: int, unit: float) -> float:
@@ -152,7 +169,4 @@ def ranks_of(found: Sequence[Comparison], count: int) -> list[int | None] | None
     for comparison in found:
         beaten[comparison.loser] += not comparison.tie
     ranks = [beaten[place] + 1 if place in compared else None for place in range(count)]
-    same = {frozenset((c.winner, c.loser)) if c.tie else c for c in found} == {
-        frozenset((c.winner, c.loser)) if c.tie else c for c in comparisons(ranks)
-    }
-    return ranks if same else None
+    return ranks if _in_order(comparisons(ranks)) == _in_order(found) else None
