@@ -1,13 +1,16 @@
-"""``moelora eval``: score a checkpoint on the test data of a recipe, or on tasks of lm-evaluation-harness."""
+"""``moelora eval``: score a checkpoint on a recipe's test data or lm-evaluation-harness; a reward model on rankings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import PreferenceData
 from ..errors import ConfigError
 from .common import (
     AsJson,
@@ -17,6 +20,7 @@ from .common import (
     LocalFilesOnly,
     Overrides,
     Quantization,
+    Questions,
     RecipeOption,
     Revision,
     Subfolder,
@@ -29,6 +33,17 @@ from .common import (
     read_questions,
 )
 from .eval_asked import HarnessAsked, QuestionsAsked, Score
+from .eval_rewards import (
+    BestOf,
+    Ensemble,
+    GivenCategories,
+    Out,
+    Preferences,
+    RewardOptions,
+    Standardise,
+    evaluate_rewards,
+    preference_data,
+)
 
 if TYPE_CHECKING:
     from ..analysis import RoutingRecorder, RoutingStats
@@ -97,6 +112,12 @@ def evaluate(
     num_fewshot: NumFewshot = None,
     include_path: IncludePath = None,
     chat_template: ChatTemplate = False,
+    preferences: Preferences = None,
+    ensemble: Ensemble = None,
+    standardise: Standardise = None,
+    given_categories: GivenCategories = False,
+    best_of: BestOf = None,
+    out: Out = None,
     backbone: Backbone = None,
     quantization: Quantization = None,
     revision: Revision = None,
@@ -106,25 +127,41 @@ def evaluate(
     local_files_only: LocalFilesOnly = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a checkpoint on test data, task by task, with 95 % intervals; or on any task of lm-evaluation-harness.
+    """Score a checkpoint on test data by task, or on tasks of lm-evaluation-harness; a reward model on rankings.
 
     Example: `moelora eval runs/quickstart --baseline data.test_size=100`
     """
+    hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
+    rewards = RewardOptions(ensemble or (), standardise, given_categories, best_of, out, limit, batch_size)
+    scored = {f"--score {score}": score is not Score.GENERATE}
     asked: HarnessAsked | QuestionsAsked
-    other: dict[str, Any]
     if tasks is not None:
-        other = {"--recipe": recipe, "KEY=VALUE": overrides, f"--score {score}": score is not Score.GENERATE}
+        other: dict[str, Any] = (
+            scored | rewards.given() | {"--recipe": recipe, "KEY=VALUE": overrides, "--preferences": preferences}
+        )
         _refuse(other, "has no meaning with --tasks, which bring their own data and scores")
         asked = HarnessAsked(tasks, include_path, limit, num_fewshot, chat_template, batch_size)
     else:
         other = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
         _refuse(other | {"--chat-template": chat_template}, "belongs to --tasks of lm-evaluation-harness: name some")
-        questions = load_questions(read_questions(path, recipe, overrides, subfolder)).test
-        asked = QuestionsAsked(questions, score, limit, max_new_tokens, batch_size)
-    model = load_model(
-        path, backbone, quantization, hub_options(revision, subfolder, token, cache_dir, local_files_only)
-    )
-    _answer(path, model, asked, baseline, routing, as_json)
+        questions = _questions(path, recipe, overrides, subfolder, preferences)
+        if isinstance(questions.data, PreferenceData):
+            _refuse(scored | {"--baseline": baseline, "--routing": routing}, "has no meaning for a reward model")
+            load = partial(load_model, backbone=backbone, quantization=quantization)
+            return evaluate_rewards(path, questions.data, rewards, load, hub, as_json)
+        _refuse(rewards.given(), "is for reward models, and the data here are questions: name rankings: --preferences")
+        asked = QuestionsAsked(load_questions(questions).test, score, limit, max_new_tokens, batch_size)
+    _answer(path, load_model(path, backbone, quantization, hub), asked, baseline, routing, as_json)
+
+
+def _questions(
+    path: str, recipe: str | None, overrides: list[str] | None, subfolder: str | None, preferences: Path | None
+) -> Questions:
+    """What to ask: rankings in a file, or what the recipe says."""
+    if preferences is None:
+        return read_questions(path, recipe, overrides, subfolder)
+    _refuse({"--recipe": recipe}, "has no meaning with --preferences, which says which data to use")
+    return Questions(data=preference_data(preferences, overrides or ()))
 
 
 def _answer(
@@ -152,7 +189,7 @@ def _answer(
         _tell(stats, routing)
 
 
-def _refuse(options: dict[str, Any], why: str) -> None:
+def _refuse(options: Mapping[str, Any], why: str) -> None:
     for name, given in options.items():
         if given:
             raise ConfigError(f"{name} {why}")

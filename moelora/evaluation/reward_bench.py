@@ -13,7 +13,7 @@ sections that it has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..registry import closest
 from .rewards import DRAWS, Accuracy, Rewards, check, proportion, quantiles, resampled, tally
 
 if TYPE_CHECKING:
+    from ..config import PreferenceData
     from ..data.ranking import Ranking
 
 Sections = Mapping[str, Mapping[str, float]]
@@ -61,6 +62,26 @@ REWARD_BENCH: Sections = {
         "hep-rust": 164,
     },
 }
+
+
+def read_bench(config: PreferenceData) -> tuple[list[Ranking], list[str]]:
+    """The rankings of data with a column ``subset``, and the subset of each.
+
+    A subset is no category of a task, so the rankings have none. All are taken, none held out.
+
+    Raises:
+        DataError: as :func:`~moelora.data.preferences.read_rankings`, or a row has no subset.
+    """
+    from ..data.preferences import read_rankings
+
+    columns = config.columns.model_copy(update={"category": "subset"})
+    rankings, _ = read_rankings(config.model_copy(update={"columns": columns, "test_fraction": 0.0}))
+    subsets = []
+    for ranking in rankings:
+        if ranking.category is None:
+            raise DataError(f"{ranking.where}: column 'subset' is empty; fill or remove the row")
+        subsets.append(ranking.category)
+    return [replace(ranking, category=None) for ranking in rankings], subsets
 
 
 @dataclass(frozen=True)

@@ -119,17 +119,10 @@ def best_of_n(
     """
     check(rankings, rewards)
     rows: dict[str, Array] = {}
-    left_out = 0
-    for ranking, values in zip(rankings, rewards, strict=True):
-        if ranking.scores is None or len(values) < most:
-            left_out += 1
-            continue
-        rows[ranking.key] = rows.get(ranking.key, 0) + _row(values, ranking.scores, most)
-    if not rows:
-        raise DataError(
-            f"best-of-{most} needs rankings with gold scores and {most} responses at least; none of {len(rankings)} is "
-            "such: ask for fewer, or give `scores` of the responses"
-        )
+    chosen = usable(rankings, most)
+    for index, scores in chosen.items():
+        key = rankings[index].key
+        rows[key] = rows.get(key, 0) + _row(rewards[index], scores, most)
     sums_PM = np.stack(list(rows.values()))
     mean, drawn = _curves(sums_PM.sum(0, keepdims=True), most), _curves(resampled(sums_PM, draws, seed), most)
     gold = mean["gold"][0]
@@ -145,8 +138,27 @@ def best_of_n(
         peak_range=(int(first), int(last)),
         drop=Difference(float(gold[-1] - gold[peak]), float(low), float(high)),
         prompts=len(rows),
-        left_out=left_out,
+        left_out=len(rankings) - len(chosen),
     )
+
+
+def usable(rankings: Sequence[Ranking], most: int) -> dict[int, tuple[float, ...]]:
+    """Which rankings have gold scores and ``most`` responses at least, by number, and these scores.
+
+    Raises:
+        DataError: none has.
+    """
+    found = {
+        index: ranking.scores
+        for index, ranking in enumerate(rankings)
+        if ranking.scores is not None and len(ranking.scores) >= most
+    }
+    if not found:
+        raise DataError(
+            f"best-of-{most} needs rankings with gold scores and {most} responses at least; none of {len(rankings)} is "
+            "such: ask for fewer, or give `scores` of the responses"
+        )
+    return found
 
 
 def _row(proxy: Sequence[float], gold: Sequence[float], most: int) -> Array:

@@ -15,7 +15,7 @@ Shapes: M members, N responses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..registry import closest
-from .rewards import Array, Rewards, Scorer, score_rankings
+from .rewards import Array, Messages, Rewards, Scorer, score_rankings
+from .scoring import Progress
 
 if TYPE_CHECKING:
     from ..data.ranking import Ranking
@@ -82,7 +83,7 @@ class RewardEnsemble:
         self.members, self.way, self.penalty = list(members), way, penalty
         self.scales = [Scale() for _ in members]
 
-    def standardise(self, rankings: Sequence[Ranking], *, batch_size: int = 16, progress: bool = False) -> None:
+    def standardise(self, rankings: Sequence[Ranking], *, batch_size: int = 16) -> None:
         """From now on, give each member mean 0 and standard deviation 1 over the responses of ``rankings``.
 
         Raises:
@@ -92,7 +93,7 @@ class RewardEnsemble:
             Scale.of(
                 [
                     [each.reward for each in ranking]
-                    for ranking in score_rankings(member, rankings, batch_size=batch_size, progress=progress)
+                    for ranking in score_rankings(member, rankings, batch_size=batch_size)
                 ]
             )
             for member in self.members
@@ -100,17 +101,23 @@ class RewardEnsemble:
 
     def score(
         self,
-        prompts: Sequence[Sequence[Mapping[str, str]]],
+        prompts: Sequence[Messages | str],
         responses: Sequence[str],
         *,
         categories: Sequence[str] | None = None,
         batch_size: int = 16,
-        progress: bool = False,
+        progress: Progress | None = None,
     ) -> list[Reward]:
         """Score each response to its prompt with every member; see :func:`combine`."""
         found = [
-            member.score(prompts, responses, categories=categories, batch_size=batch_size, progress=progress)
-            for member in self.members
+            member.score(
+                prompts,
+                responses,
+                categories=categories,
+                batch_size=batch_size,
+                progress=progress and _after(progress, place, len(self.members)),
+            )
+            for place, member in enumerate(self.members)
         ]
         return combine(found, self.way, self.scales, penalty=self.penalty)
 
@@ -148,6 +155,11 @@ def _together(members: Sequence[Reward], reward: float) -> Reward:
         confidence=sum(each.confidence for each in agreeing) / len(agreeing),
         capabilities={name: sum(scores) / len(scores) for name, scores in capabilities.items()},
     )
+
+
+def _after(progress: Progress, done: int, members: int) -> Progress:
+    """The progress of one member, after those that are done, as that of all."""
+    return lambda scored, total: progress(done * total + scored, members * total)
 
 
 def _check_way(way: str, penalty: float) -> None:

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .scoring import Comparison as Difference
-from .scoring import wilson
+from .scoring import Progress, wilson
 
 if TYPE_CHECKING:
     from ..data.ranking import Comparison, Ranking
     from ..reward.scoring import Reward
 
 Array = NDArray[np.float64]
+Messages = Sequence[Mapping[str, str]]
 Rewards = Sequence[Sequence[float]]
 Row = tuple[str, "Sequence[Comparison]", Sequence[float]]
 DRAWS = 2000
@@ -43,12 +44,12 @@ class Scorer(Protocol):
 
     def score(
         self,
-        prompts: Sequence[Sequence[Mapping[str, str]]],
+        prompts: Sequence[Messages | str],
         responses: Sequence[str],
         *,
         categories: Sequence[str] | None = None,
         batch_size: int = 16,
-        progress: bool = False,
+        progress: Progress | None = None,
     ) -> list[Reward]:
         """The reward of each response to its prompt."""
 
@@ -121,12 +122,13 @@ def score_rankings(
     *,
     given_categories: bool = False,
     batch_size: int = 16,
-    progress: bool = False,
+    progress: Progress | None = None,
 ) -> list[list[Reward]]:
     """Score every response of every ranking, in their order.
 
     Args:
         given_categories: tell the scorer each prompt's category instead of letting it choose.
+        progress: called with (responses scored, responses in all) after each batch.
 
     Raises:
         DataError: no rankings, or categories are to be given and one has none.
@@ -164,9 +166,8 @@ def judge(
         DataError: there is nothing to compare, or rewards are missing or not finite.
     """
     check(rankings, rewards)
+    check_comparisons(rankings)
     overall = _rows(rankings, rewards)
-    if not len(tally(overall)[0]):
-        raise DataError("no ranking has two responses of which one is better, so there is nothing to judge")
     categories = dict.fromkeys(ranking.category for ranking in rankings if ranking.category is not None)
     by_category = {
         name: [row for row, ranking in zip(overall, rankings, strict=True) if ranking.category == name]
@@ -272,6 +273,16 @@ def quantiles(drawn: Array) -> tuple[Any, Any]:
     """The 2.5 % and 97.5 % quantiles over draws, the first axis."""
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return low, high
+
+
+def check_comparisons(rankings: Sequence[Ranking]) -> None:
+    """Make sure that there is something to judge, which costs nothing to know before a model is loaded.
+
+    Raises:
+        DataError: there is no comparison but ties.
+    """
+    if all(pair.tie for ranking in rankings for pair in ranking.comparisons):
+        raise DataError("no ranking has two responses of which one is better, so there is nothing to judge")
 
 
 def check(rankings: Sequence[Ranking], rewards: Rewards) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -30,10 +30,12 @@ class ByLength:
         *,
         categories: Sequence[str] | None = None,
         batch_size: int = 16,
-        progress: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Reward]:
         assert len(prompts) == len(responses)
         self.asked.append((batch_size, categories is not None))
+        if progress is not None:
+            progress(len(responses), len(responses))
         chosen = categories or [self.category] * len(responses)
         return [
             Reward(self.weight * len(text) + self.offset, name, name, self.confidence, {"brevity": -len(text)})
@@ -98,7 +100,15 @@ def test_what_most_members_chose_is_the_category() -> None:
 def test_options_reach_every_member() -> None:
     members = [ByLength(1, 0), ByLength(2, 0)]
     ranking = Ranking(PROMPT, ("a", "bb"), category="code")
-    found = score_rankings(RewardEnsemble(members), [ranking], given_categories=True, batch_size=3)
+    seen: list[tuple[int, int]] = []
+    found = score_rankings(
+        RewardEnsemble(members),
+        [ranking],
+        given_categories=True,
+        batch_size=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 4), (4, 4)]
     assert [[each.routed for each in row] for row in found] == [["code", "code"]]
     assert members[0].asked == members[1].asked == [(3, True)]
     with pytest.raises(DataError, match="no category to give"):

@@ -1,0 +1,340 @@
+"""``moelora eval --preferences``: how good a reward model is, beside others and ensembles of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..config import Closed, DataConfig, PreferenceData, apply_overrides
+from ..errors import ConfigError
+from .common import print_json, print_lines, print_table, stderr
+
+if TYPE_CHECKING:
+    from ..data.ranking import Ranking
+    from ..evaluation.reward_report import ModelReport
+    from ..mixture import MoELoRAModel
+    from ..reward.model import RewardModel
+    from ..reward.scoring import Reward
+
+PANEL = "Reward models"
+
+Preferences = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rankings of responses to judge a reward model on, in any layout of preference data, columns as "
+        "`data.columns.category=kind`; a column `subset` is averaged as in RewardBench. Without it, those that the "
+        "reward model's recipe holds out. Example: `moelora eval runs/dmoerm --preferences test.jsonl`",
+        rich_help_panel=PANEL,
+    ),
+]
+Ensemble = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH",
+        help="Another reward model to compare with; given several times, their mean, worst case and mean less variance "
+        "too. Example: `moelora eval runs/dmoerm --ensemble runs/a --ensemble runs/b`",
+        rich_help_panel=PANEL,
+    ),
+]
+Standardise = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rankings over which each member of an ensemble gets mean 0 and deviation 1: rewards of different models "
+        "have no scale in common.",
+        rich_help_panel=PANEL,
+    ),
+]
+GivenCategories = Annotated[
+    bool,
+    typer.Option(
+        "--given-categories", help="Give each prompt's category instead of having it chosen.", rich_help_panel=PANEL
+    ),
+]
+BestOf = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Gold score of the response with the largest reward among n = 1 to N; the data has `scores`.",
+        rich_help_panel=PANEL,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Folder for metrics.json, rewards.html with figures, and tables.",
+        rich_help_panel=PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What is asked of reward models; the options of the command line."""
+
+    ensemble: Sequence[str]
+    standardise: Path | None
+    given_categories: bool
+    best_of: int | None
+    out: Path | None
+    limit: int | None
+    batch_size: int
+
+    def given(self) -> dict[str, bool]:
+        """Those that only reward models have, and whether they are given."""
+        return {
+            "--ensemble": bool(self.ensemble),
+            "--standardise": self.standardise is not None,
+            "--given-categories": self.given_categories,
+            "--best-of": self.best_of is not None,
+            "--out": self.out is not None,
+        }
+
+
+class _Asked(Closed):
+    """The part of a recipe that ``--preferences`` stands for."""
+
+    data: DataConfig
+
+
+def preference_data(file: Path, overrides: Sequence[str]) -> PreferenceData:
+    """A file of rankings, all of them, with what the command line says about it.
+
+    Raises:
+        ConfigError: it says something else than how to read rankings.
+    """
+    section = {"kind": "preferences", "path": str(file), "test_fraction": 0.0}
+    data = _Asked.parse(apply_overrides({"data": section}, overrides), where="command line").data
+    if not isinstance(data, PreferenceData):
+        raise ConfigError(f"--preferences {file} is of kind 'preferences', not {data.kind!r}: leave out data.kind")
+    return data
+
+
+def evaluate_rewards(
+    path: str,
+    data: PreferenceData,
+    options: RewardOptions,
+    load: Callable[..., MoELoRAModel],
+    hub: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    """Score rankings with the reward model at ``path`` and those beside it, and tell how well it went.
+
+    Args:
+        load: a checkpoint's model, by path and ``hub``; its revision and subfolder are those of ``path`` alone.
+
+    Raises:
+        ConfigError: a checkpoint is no reward model, or options do not fit together.
+        DataError: there is nothing to judge; said before a model is loaded.
+    """
+    from ..evaluation.reward_report import report, write
+
+    rankings, subsets = _read(data)
+    rankings, subsets = _limited(rankings, subsets, options.limit)
+    _check(rankings, options)
+    beside = {**hub, "revision": None, "subfolder": None}
+    scored = _score_all(path, rankings, options, lambda each: load(each, hub=hub if each == path else beside))
+    reports = report(
+        rankings, scored, best_of=options.best_of, subsets=subsets, given_categories=options.given_categories
+    )
+    if as_json:
+        models = {name: each.to_dict() for name, each in reports.items()}
+        print_json({"path": path, "rankings": len(rankings), "models": models})
+    else:
+        _show(reports)
+    if options.out is not None:
+        page = write(reports, rankings, scored, options.out)
+        if not as_json:
+            print_lines([f"wrote {page}"])
+
+
+def _read(data: PreferenceData) -> tuple[list[Ranking], list[str] | None]:
+    """The rankings that are held out, or all where none are to be; with their subsets where they have such."""
+    from ..data.preferences import read_rankings
+    from ..data.tables import open_table
+    from ..evaluation.reward_bench import read_bench
+
+    if "subset" in open_table(data, data.path, data.split).column_names and data.columns.category is None:
+        return read_bench(data)
+    train, test = read_rankings(data)
+    return test or train, None
+
+
+def _limited(
+    rankings: list[Ranking], subsets: list[str] | None, limit: int | None
+) -> tuple[list[Ranking], list[str] | None]:
+    """The first ``limit`` rankings of each category, or subset."""
+    taken: dict[str | None, int] = {}
+    kept = []
+    for index, ranking in enumerate(rankings):
+        kind = ranking.category if subsets is None else subsets[index]
+        taken[kind] = taken.get(kind, 0) + 1
+        if limit is None or taken[kind] <= limit:
+            kept.append(index)
+    return [rankings[i] for i in kept], None if subsets is None else [subsets[i] for i in kept]
+
+
+def _check(rankings: list[Ranking], options: RewardOptions) -> None:
+    """Say what cannot be done before a model is loaded."""
+    from ..evaluation.reward_best_of_n import usable
+    from ..evaluation.rewards import check_comparisons
+
+    check_comparisons(rankings)
+    if options.best_of is not None:
+        usable(rankings, options.best_of)
+    if options.standardise is not None and len(options.ensemble) < 2:
+        raise ConfigError("--standardise is for an ensemble: give --ensemble PATH at least twice")
+    if options.out is not None:
+        from ..analysis.figures import require_plotly
+
+        require_plotly()
+        if options.out.exists() and not options.out.is_dir():
+            raise ConfigError(f"--out {options.out}: is a file: name a folder")
+
+
+def _score_all(
+    path: str, rankings: list[Ranking], options: RewardOptions, load: Callable[[str], MoELoRAModel]
+) -> dict[str, list[list[Reward]]]:
+    """Each model's rewards by its name, one model in memory at a time; then those of the ensembles."""
+    from rich.progress import Progress
+
+    from ..data.preferences import read_rankings
+    from ..evaluation.reward_ensembles import WAYS, Scale, combine
+    from ..evaluation.rewards import score_rankings
+
+    paths = list(dict.fromkeys([path, *options.ensemble]))
+    members = list(dict.fromkeys(options.ensemble))
+    names = dict(zip(paths, _names(paths), strict=True))
+    common: list[Ranking] | None = None
+    if options.standardise is not None:
+        common, _ = read_rankings(preference_data(options.standardise, ()))
+    scored: dict[str, list[list[Reward]]] = {}
+    scales: list[Scale] = []
+    for each in paths:
+        model = _reward_model(each, load)
+        # One without categories has none to be given.
+        given = options.given_categories and bool(model.reward.names)
+        with Progress(console=stderr(), transient=True) as bar:
+            task = bar.add_task(f"Scoring with {escape(names[each])}", total=None)
+            settings: dict[str, Any] = {
+                "batch_size": options.batch_size,
+                "given_categories": given,
+                "progress": lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
+            }
+            scored[names[each]] = score_rankings(model, rankings, **settings)
+            if common is not None and each in members:
+                rows = score_rankings(model, common, **settings)
+                scales.append(Scale.of([[reward.reward for reward in row] for row in rows]))
+        del model
+    if len(members) > 1:
+        flat = [[reward for row in scored[names[each]] for reward in row] for each in members]
+        for way in WAYS:
+            found = iter(combine(flat, way, scales or None))
+            scored[f"{way} of {len(members)}"] = [[next(found) for _ in ranking.responses] for ranking in rankings]
+    return scored
+
+
+def _reward_model(path: str, load: Callable[[str], MoELoRAModel]) -> RewardModel:
+    from ..reward.model import RewardModel
+
+    model = load(path)
+    if not isinstance(model, RewardModel):
+        raise ConfigError(f"{path}: a mixture, but no reward model: rankings are judged by one that is")
+    return model
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, where that tells them apart."""
+    short = [Path(path).name or path for path in paths]
+    return short if len(set(short)) == len(short) else list(paths)
+
+
+def _show(reports: dict[str, ModelReport]) -> None:
+    """Print tables."""
+    first = next(iter(reports.values()))
+    overall = first.rewards.overall
+    ties = f", {first.rewards.ties} ties left out" if first.rewards.ties else ""
+    print_lines([f"{overall.pairs} comparisons of {overall.prompts} prompts{ties}; intervals are of 95 %"])
+    _show_models(reports)
+    _show_parts(reports)
+    if first.bench is not None:
+        _show_bench(reports)
+    if first.best_of is not None:
+        _show_best_of(reports)
+
+
+def _show_models(reports: dict[str, ModelReport]) -> None:
+    several = len(reports) > 1
+    rows = []
+    for name, each in reports.items():
+        cells = [_interval(each.rewards.overall)]
+        if several:
+            found = (each.differences or {}).get("overall")
+            cells.append(f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]" if found else "")
+        cells += [f"{value:.3f}" for value in (each.calibration.ece, each.calibration.brier[0])]
+        cells.append(f"{each.calibration.log_loss[0]:.3f}")
+        rows.append([escape(name), *cells])
+    against = [f"- {escape(next(iter(reports)))}"] * several
+    print_table("Rewards", ["model", "accuracy", *against, "ECE", "Brier", "log loss"], rows)
+    routers = [(name, each.router) for name, each in reports.items() if each.router is not None]
+    if routers:
+        print_table(
+            "Categories told by the prompt",
+            ["model", "accuracy", "ECE", "fell back"],
+            [[escape(n), _interval(r.accuracy), f"{r.ece:.3f}", f"{r.fallback:.1%}"] for n, r in routers],
+        )
+
+
+def _show_parts(reports: dict[str, ModelReport]) -> None:
+    """Categories and capabilities: of the first model with intervals, of the others beside it without."""
+    first, *others = [each.rewards for each in reports.values()]
+    rows = []
+    for name, value in first.categories.items():
+        beside = [f"{each.categories[name].mean:.3f}" for each in others]
+        rows.append([escape(name), str(value.pairs), _interval(value), *beside])
+    for name, both in first.capabilities.items():
+        own = [each.capabilities[name].own for each in others]
+        if both.own is not None or any(own):
+            cells = [f"{value.mean:.3f}" if value else "" for value in own]
+            pairs = str(both.own.pairs) if both.own else ""
+            rows.append([f"{escape(name)}, own score", pairs, _interval(both.own) if both.own else "", *cells])
+        beside = [f"{each.capabilities[name].total.mean:.3f}" for each in others]
+        rows.append([f"{escape(name)}, reward", str(both.total.pairs), _interval(both.total), *beside])
+    if rows:
+        print_table("Accuracy by category and capability", ["", "pairs", *map(escape, reports)], rows)
+
+
+def _show_bench(reports: dict[str, ModelReport]) -> None:
+    found = [each.bench for each in reports.values() if each.bench is not None]
+    rows = [[escape(name), *(f"{each.sections[name].mean:.3f}" for each in found)] for name in found[0].sections] + [
+        ["score", *(_interval(each.score) for each in found)]
+    ]
+    print_table("Sections", ["section", *map(escape, reports)], rows)
+
+
+def _show_best_of(reports: dict[str, ModelReport]) -> None:
+    found = {name: each.best_of for name, each in reports.items() if each.best_of is not None}
+    first = next(iter(found.values()))
+    shown = sorted({2**power for power in range(len(first.n).bit_length())} | {len(first.n)})
+    rows = []
+    for n in shown:
+        cells = [f"{each.gold.mean[n - 1]:.3f}" for each in found.values()]
+        band = f" [{first.gold.low[n - 1]:.3f}, {first.gold.high[n - 1]:.3f}]"
+        rows.append([str(n), f"{first.kl[n - 1]:.3f}", cells[0] + band, *cells[1:], f"{first.best.mean[n - 1]:.3f}"])
+    left_out = f", {first.left_out} rankings left out" if first.left_out else ""
+    title = f"Gold score of the best of n, {first.prompts} prompts{left_out}"
+    print_table(title, ["n", "KL", *map(escape, found), "at best"], rows)
+    for name, each in found.items():
+        drop, last = each.drop, each.n[-1]
+        fell = "" if each.peak == last else f", {drop.difference:+.3f} [{drop.low:+.3f}, {drop.high:+.3f}] at {last}"
+        print_lines([f"{name}: the gold score is highest at n = {each.peak}{fell}"])
+
+
+def _interval(value: Any) -> str:
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
