@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .info import info
+from .label import label
 from .launch import launch
 from .quickstart import quickstart
 from .schema import schema
@@ -49,6 +50,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(analyze)
 app.command()(info)
+app.command()(label)
 app.command(cls=ListsLayouts)(convert)
 app.command()(compose)
 app.command()(export)

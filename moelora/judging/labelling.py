@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -55,6 +55,12 @@ class Tally:
         return self.kept + self.inconsistent + self.undecided + self.unreadable
 
 
+def added(tallies: Iterable[Tally]) -> Tally:
+    """The sum of some tallies."""
+    each = list(tallies)
+    return Tally(**{name: sum(getattr(tally, name) for tally in each) for name in vars(Tally())})
+
+
 @dataclass
 class Labels:
     """Rankings with the labels that were found, and how they were found.
@@ -74,8 +80,7 @@ class Labels:
     @property
     def total(self) -> Tally:
         """All points together."""
-        each = self.tallies.values()
-        return Tally(**{name: sum(getattr(tally, name) for tally in each) for name in vars(Tally())})
+        return added(self.tallies.values())
 
     @property
     def position_bias(self) -> float | None:

@@ -42,7 +42,7 @@ def serving(judge: Judge, faults: list[Fault] | None = None, delay: float = 0.0)
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with seen.lock:
                 seen.requests.append(body)
-                seen.headers.append(dict(self.headers))
+                seen.headers.append({name.lower(): value for name, value in self.headers.items()})
                 seen.times.append(time.monotonic())
                 fault = seen.faults.pop(0) if seen.faults else None
             if fault is not None:

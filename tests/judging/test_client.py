@@ -152,7 +152,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch, capl
             assert KEY not in shown
             assert caught.value.__cause__ is None
         assert asked.ask(QUESTION).text == "first"
-    assert {headers["Authorization"] for headers in seen.headers} == {f"Bearer {KEY}"}
+    assert {headers["authorization"] for headers in seen.headers} == {f"Bearer {KEY}"}
     assert KEY not in caplog.text
 
 

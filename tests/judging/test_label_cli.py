@@ -1,0 +1,158 @@
+"""``moelora label`` as its own process: reports, exit codes, limits, and being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judges_served import Fault, longer, serving, status
+
+KEY = "sk-very-secret-0123456789"
+COUNT = 20
+ROWS = [
+    {"prompt": f"Say {n}", "responses": ["Hi", "Hello there"], "ranks": [1, 2], "category": "talk"}
+    for n in range(COUNT)
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "points.yaml").write_text("talk: [humour]\n")
+    return tmp_path
+
+
+def command(folder: Path, url: str, *words: str) -> list[str]:
+    paths = [f"{folder}/pairs.jsonl", "-o", f"{folder}/out.jsonl", "--categories", f"{folder}/points.yaml"]
+    return [sys.executable, "-m", "moelora", "label", *paths, "--model", "m", "--base-url", url, *words]
+
+
+def environment(key: str | None = None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    return {**kept, "COLUMNS": "80", "NO_COLOR": "1"} | ({} if key is None else {"OPENAI_API_KEY": key})
+
+
+def run(folder: Path, url: str, *words: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, url, *words), capture_output=True, text=True, env=environment(key))
+
+
+def kept(folder: Path) -> set[str]:
+    """The messages of all answers on disk."""
+    with sqlite3.connect(folder / "out.jsonl.answers.sqlite") as base:
+        return {json.dumps(json.loads(row[0])) for row in base.execute("SELECT messages FROM answers")}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_it_plans_stops_goes_on_and_reports(folder: Path) -> None:
+    with serving(longer) as seen:
+        planned = run(folder, seen.url, "--dry-run", "--price-in", "2", "--price-out", "3")
+        assert planned.returncode == 0, planned.stderr
+        assert planned.stdout.startswith("20 pairs, 40 questions, 40 of them without an answer yet\nabout ")
+        assert "cost: about 0.0" in planned.stdout
+        assert not seen.requests
+        assert sorted(path.name for path in folder.iterdir()) == ["pairs.jsonl", "points.yaml"]
+
+        part = run(folder, seen.url, "--max-questions", "10", key=KEY)
+        assert part.returncode == 0, part.stderr
+        assert "the limit of 10 questions is reached; 15 pairs are left" in part.stdout.replace("\n", " ")
+        assert len(seen.requests) == 10
+        assert {headers["authorization"] for headers in seen.headers} == {f"Bearer {KEY}"}
+        assert KEY not in part.stdout + part.stderr
+        assert all(KEY.encode() not in path.read_bytes() for path in folder.iterdir())
+        assert sum("capabilities" in row for row in rows(folder)) == 5
+
+        whole = run(folder, seen.url, "--json", "--price-in", "2", "--price-out", "3")
+        assert whole.returncode == 0, whole.stderr
+        assert set(seen.answered.values()) == {1}
+    report = json.loads(whole.stdout)
+    counts = {"kept": 20, "inconsistent": 0, "undecided": 0, "unreadable": 0, "open": 0}
+    assert report["points"] == [{"category": "talk", "point": "humour", "pairs": 20, **counts}]
+    assert report["position_bias"] == 0.0
+    assert report["spent"]["answers"] == 30
+    assert report["spent"]["cost"] == pytest.approx((30 * 100 * 2 + 30 * 2 * 3) / 1e6)
+    assert whole.stderr.strip() == "" or "Generating" in whole.stderr
+    for given, made in zip(ROWS, rows(folder), strict=True):
+        assert made["responses"] == given["responses"]
+        assert made["capabilities"]["humour"] in ([2, 1], {"pairs": [[1, 0]], "ties": [], "margins": [0.0]})
+
+
+def test_it_says_what_went_wrong_and_goes_on(folder: Path) -> None:
+    dead: list[Fault] = [status(503, "out of order")] * 100
+    with serving(longer) as seen:
+        run(folder, seen.url, "--max-questions", "10")
+        seen.faults = dead
+        failed = run(folder, seen.url, "--retries", "0")
+        assert failed.returncode == 2
+        said = failed.stderr.replace("\n", " ")
+        assert f"{seen.url} failed, tried 1 times (503): out of order" in said
+        assert "15 pairs are left" in said
+        assert "run the same command again to go on" in said
+        assert "Traceback" not in said
+        assert sum("capabilities" in row for row in rows(folder)) == 5
+        seen.faults = []
+        assert run(folder, seen.url).returncode == 0
+        assert set(seen.answered.values()) == {1}
+    assert sum("capabilities" in row for row in rows(folder)) == COUNT
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_killed_it_loses_nothing_and_pays_nothing_twice(folder: Path, kill: signal.Signals) -> None:
+    with serving(longer, delay=0.1) as seen:
+        words = command(folder, seen.url, "--concurrency", "3")
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+            while sum(seen.answered.values()) < 12:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(kill)
+            process.communicate()
+        time.sleep(0.3)  # what was under way still comes to its end at the server
+        assert process.returncode == (-9 if kill is signal.SIGKILL else 130)
+        before = kept(folder)
+        sent = set(seen.answered)
+        assert before <= sent
+        assert len(before) >= 9
+        # Killed, it cannot keep what had not arrived; interrupted, it waits for that.
+        assert len(sent - before) <= (3 if kill is signal.SIGKILL else 0)
+        assert not (folder / "out.jsonl").exists()
+        assert run(folder, seen.url).returncode == 0
+        twice = {messages for messages, count in seen.answered.items() if count > 1}
+        assert twice == sent - before
+    assert sum("capabilities" in row for row in rows(folder)) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sampling", "max_tokens"), "--sampling 'max_tokens': expected KEY=VALUE"),
+        (("--sampling", "messages=[]"), "'messages' is not for you to set"),
+        (("--max-cost", "1"), "--max-cost needs --price-in"),
+        (("--categories", "dmorm"), "did you mean 'dmoerm'?"),
+        (("--categories", "dmoerm"), "the category 'talk' is not among roleplay, chitchat"),
+        (("-o", "{folder}/pairs.jsonl"), "is the file that is read"),
+        (("--cache", "{folder}/pairs.jsonl"), "it is not a file of answers"),
+        (("data.columns.category=kind",), "data.columns.category is 'kind'"),
+    ],
+)
+def test_a_mistake_is_explained(
+    folder: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moelora.cli.app import main
+
+    with serving(longer) as seen:
+        asked = command(folder, seen.url, *(word.format(folder=folder) for word in words))[3:]
+        with pytest.raises(SystemExit) as stopped:
+            main(asked)
+        assert stopped.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert not seen.requests
