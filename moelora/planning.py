@@ -17,7 +17,7 @@ from torch import nn
 from .config import Recipe
 from .counting import Data, count_data
 from .experts import BlockContainer, Container
-from .mixture import MoELoRAModel, attach
+from .mixture import MoELoRAModel
 from .shapes import read_shape, sketch_backbone, storage_bytes
 from .sharing import Sharing, read_sharing
 
@@ -121,7 +121,7 @@ def plan(recipe: Recipe, world: int = 1, backbone_config: Path | None = None) ->
     backbone = sketch_backbone(recipe.backbone, config, on_gpu)
     kind, dtype = type(backbone).__name__, str(backbone.dtype).removeprefix("torch.")
     with torch.device("meta"):
-        model = attach(backbone, recipe.mixture)
+        model = recipe.trainer.attach(backbone, recipe.mixture)
     trained, frozen = _counts(model)
     sharing = read_sharing(args, world)
     pieces = [*_weights(model, sharing, recipe), *_training(sum(trained.values()), args, sharing, config)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..registry import TRAINERS
-from . import lora_mixer, remix, sft
+from . import lora_mixer, remix, reward, sft
 from .alarm import AlarmConfig, CollapseAlarm
 from .live import LiveProgress, TimeBudget
 from .lora_mixer import LoRAMixerTrainer
 from .mixture_trainer import MixtureTrainer
 from .optimizer import GroupOptions
 from .remix import RemixTrainer
+from .reward import RewardTrainer
 from .sft import SFTTrainer
 
 names = TRAINERS.names
@@ -24,11 +25,13 @@ __all__ = [
     "LoRAMixerTrainer",
     "MixtureTrainer",
     "RemixTrainer",
+    "RewardTrainer",
     "SFTTrainer",
     "TimeBudget",
     "get",
     "lora_mixer",
     "names",
     "remix",
+    "reward",
     "sft",
 ]

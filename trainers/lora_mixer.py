@@ -5,14 +5,11 @@ its task and trains experts alone; a ``soft`` one trains the router by the dense
 loss, over experts that are frozen, or trained and kept near to where they were (``preserve_coef``). With ``adapters``
 the experts are finished LoRAs, and only a router is trained.
 
-In the run's folder each stage has one of its own, ``stage-1`` and so on, with its checkpoints and, once it is over, its
-mixture; ``stages.json`` says which stage comes next. A stage starts from the mixture that the stage before it left in
-its folder, also in an uninterrupted run, so a run that was killed anywhere goes on as if it had not been.
+Stages and their folders: see ``trainers/staged.py``.
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,8 +26,8 @@ from ..mixture import MoELoRAModel
 from ..registry import EXPERTS, ROUTERS, TRAINERS
 from ..routers.lora_mixer import LoRAMixerRouter, PreserveLoss
 from .lora_mixer_config import Experts, LoRAMixerTrainerConfig, Phase, Stage
-from .sft import SFT, SFTConfig, SFTTrainer
-from .stages import Stages
+from .sft import SFTConfig, SFTTrainer
+from .staged import Staged
 
 
 class LoRAMixerTrainer(SFTTrainer):
@@ -149,51 +146,33 @@ def _refuse_other_routers(kinds: set[str]) -> None:
 
 
 @TRAINERS.register("lora_mixer")
-class LoRAMixer(SFT):
+class LoRAMixer(Staged):
     """What ``moelora train`` does with a recipe whose trainer is ``lora_mixer``."""
 
     Config: ClassVar[type[SFTConfig]] = LoRAMixerTrainerConfig
     Trainer: ClassVar[type[SFTTrainer]] = LoRAMixerTrainer
 
     @classmethod
-    def run(cls, recipe: Recipe, *, resume: bool | str = False) -> Path:
-        """Train all stages.
+    def stage_names(cls, recipe: Recipe) -> list[str]:
+        return [f"{stage.phase}, experts {stage.experts}" for stage in recipe.trainer.stages]
 
-        Args:
-            resume: ``True`` for the newest whole state of the run's folder, or a checkpoint of the stage that it is in.
-
-        Returns:
-            The run's folder: the mixture of the last stage, its card, ``recipe.yaml``, metrics, and ``stage-N``.
-
-        Raises:
-            UserError: something in the recipe, its data or its folder has to be mended.
-            TrainingError: a loss or a gradient was not finite.
-        """
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
         _check(recipe)
-        splits = cls.examples_of(recipe)
-        _one_expert_for_each_task(recipe, splits)
-        stages = _stages(recipe)
-        first, checkpoint = stages.start(resume)
-        for number in range(first, len(stages.names) + 1):
-            cls._run_stage(recipe, splits, number, checkpoint)
-            checkpoint = None
-        return stages.run_dir
 
     @classmethod
-    def prepare(cls, recipe: Recipe) -> SFTTrainer:
-        """The trainer of the first stage, ready to train."""
-        return cls.prepare_stage(recipe, cls.examples_of(recipe), 1)
+    def check_data(cls, recipe: Recipe, content: data.RecipeData) -> None:
+        _one_expert_for_each_task(recipe, content)
 
     @classmethod
-    def prepare_stage(cls, recipe: Recipe, splits: data.RecipeData, number: int) -> SFTTrainer:
-        """The trainer of a stage, counted from 1, with the mixture that the stage before it left."""
+    def prepare_stage(cls, recipe: Recipe, content: data.RecipeData, number: int) -> SFTTrainer:
         stage: Stage = recipe.trainer.stages[number - 1]
-        stages = _stages(recipe)
+        stages = cls.stages(recipe)
         args = recipe.trainer.arguments_of(number, stages.folder(number), recipe.seed)
         trainer = cls.trainer_of(
             recipe,
             cls.model_of(recipe) if recipe.trainer.adapters is None else _composed(recipe),
-            splits,
+            content,
             args,
             phase=stage.phase,
             experts=stage.experts,
@@ -209,32 +188,6 @@ class LoRAMixer(SFT):
                 )
             trainer.train_dataset = replace(trainer.train_dataset, rows=trainer.train_dataset.rows[: stage.samples])
         return trainer
-
-    @classmethod
-    def _run_stage(cls, recipe: Recipe, splits: data.RecipeData, number: int, checkpoint: Path | None) -> None:
-        trainer = cls.prepare_stage(recipe, splits, number)
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        metrics = dict(result.metrics)
-        if trainer.eval_dataset is not None:
-            metrics.update(trainer.evaluate())
-        trainer.save_model()
-        trainer.save_state()
-        trainer.save_metrics("all", metrics)
-        stages, folder = _stages(recipe), Path(recipe.output_dir)
-        last = number == len(stages.names)
-        if last:
-            trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            if last:
-                (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-                shutil.copy(stages.folder(number) / "all_results.json", folder)
-            stages.finish(number)
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
-
-
-def _stages(recipe: Recipe) -> Stages:
-    return Stages(recipe.output_dir, [f"{stage.phase}, experts {stage.experts}" for stage in recipe.trainer.stages])
 
 
 def _check(recipe: Recipe) -> None:

@@ -148,11 +148,12 @@ class MixtureTrainer(StoppingTrainer):
     ) -> Any:
         if self.model.training:
             inputs = {**inputs, **self.step_inputs()}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = self.loss_of(model, inputs, num_items_in_batch)
         across, within = self._factors(num_items_in_batch)
         values = {"task_loss": outputs["task_loss"] * across if "task_loss" in outputs else loss}
         share = outputs.get("aux_share", 1.0) * across
         values.update({f"aux/{name}": value * share for name, value in outputs.get("aux_losses", {}).items()})
+        values.update({name: value * across for name, value in outputs.get("metrics", {}).items()})
         if self.model.training:
             self._window.add(values, within)
         else:
@@ -160,6 +161,14 @@ class MixtureTrainer(StoppingTrainer):
             self._evaluated.add(values, rows)
             self._evaluated.weight += rows
         return (loss, outputs) if return_outputs else loss
+
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
+        """The loss of a micro-batch as the Trainer's ``compute_loss`` gives it, and the model's output.
+
+        ``metrics`` in the output, scalars by name, are logged and evaluated beside the loss.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items)
+        return loss, outputs
 
     def step_inputs(self) -> dict[str, Any]:
         """What the model is told of the optimizer step beside its batch, in training."""

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from .. import data
 from ..backbone import load_backbone
-from ..config import Pluggable, Recipe
+from ..config import MixtureConfig, Pluggable, Recipe
 from ..errors import ConfigError
 from ..mixture import MoELoRAModel, attach
 from ..registry import TRAINERS, closest
@@ -93,6 +93,10 @@ class SFTConfig(Pluggable, GroupOptions):
         if alarm is False:
             return [LiveProgress(title)]
         return [LiveProgress(title), CollapseAlarm(None if alarm is True else alarm)]
+
+    def attach(self, backbone: PreTrainedModel, mixture: MixtureConfig) -> MoELoRAModel:
+        """The fresh model of a recipe whose trainer this is."""
+        return attach(backbone, mixture)
 
     def trainer_options(self) -> dict[str, Any]:
         """What :class:`~moelora.trainers.MixtureTrainer` is told beside its arguments."""
@@ -187,7 +191,7 @@ class SFT:
         """The fresh mixture of a recipe, with its tokenizer."""
         backbone, tokenizer = load_backbone(recipe.backbone)
         set_seed(recipe.seed)
-        model = attach(backbone, recipe.mixture)
+        model: MoELoRAModel = recipe.trainer.attach(backbone, recipe.mixture)
         model.tokenizer = tokenizer
         return model
 

@@ -21,6 +21,7 @@ from .categories import Categories, Category, load_categories
 GENERAL = "general"
 OUTER = "outer"
 PARTS = "reward"
+SEPARABLE = ("lora", "rslora")  # kinds whose experts have rows of two stacked factors, and nothing else
 Base = Literal["shared", "category", "none"]
 
 
@@ -154,6 +155,11 @@ class RewardConfig(Closed):
                 raise ValueError(
                     f"mixture.sites.{number}: a reward model numbers its own experts, so describe a single one: leave "
                     "out router, and set experts.num_experts to 1"
+                )
+            if site.experts.kind not in SEPARABLE:
+                raise ValueError(
+                    f"mixture.sites.{number}: the experts of a reward model are trained apart, and those of kind "
+                    f"{site.experts.kind!r} are more than rows of two factors: take {' or '.join(SEPARABLE)}"
                 )
             table = [list(view.experts) for view in views]
             router = {"kind": "mask", "by": "request", "table": table}

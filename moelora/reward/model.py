@@ -144,8 +144,8 @@ class RewardModel(Scoring, MoELoRAModel):
             prompt_lengths: (B,) tokens before the response, which the classifier reads; by default they are found by
                 how the tokenizer's chat template begins an answer.
             view_ids: (B, V) ask for the scores of these views instead, of each by its own head.
-            states: (B, C, H) ask for the aggregator's reward of these states, which are of the first of
-                ``category_ids``.
+            states: (B, C, H) ask for the rewards that the aggregators of ``category_ids`` make of these states; those
+                beyond the capabilities of a category are not looked at.
             categorize: ask for the classifier's logits (B, T) instead.
             use_cache, return_dict: of no effect; trainers give them.
 
@@ -154,7 +154,7 @@ class RewardModel(Scoring, MoELoRAModel):
         """
         self._check_checkpointing()
         if states is not None:
-            return RewardOutput(logits=self._aggregate(states, self.reward.names[_first(category_ids)]).unsqueeze(-1))
+            return RewardOutput(logits=self._joined(states, category_ids).unsqueeze(-1))
         if input_ids is None:
             raise UserError("a reward model takes input_ids: (B, S), or states: (B, C, H)")
         if attention_mask is None:
@@ -236,6 +236,17 @@ class RewardModel(Scoring, MoELoRAModel):
         rewards: Tensor = self.parts.aggregators[category](states_BCH.float(), scores)
         return rewards
 
+    def _joined(self, states_BCH: Tensor, category_ids: Tensor | None) -> Tensor:
+        """(B,) the states of each text by the aggregator of its category."""
+        if category_ids is None:
+            raise UserError("states are joined by the aggregator of a category: give category_ids")
+        rewards = states_BCH.new_empty(len(states_BCH))
+        for number in category_ids.unique().tolist():
+            own, name = (category_ids == number).nonzero().squeeze(-1), self.reward.names[number]
+            count = len(self.reward.capabilities(name))
+            rewards = rewards.index_copy(0, own, self._aggregate(states_BCH[own, :count], name))
+        return rewards
+
     def _rewards(self, input_ids: Tensor, attention_mask: Tensor, category_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) rewards and (B, C) scores of the capabilities, all experts of all texts in one pass."""
         answered = category_ids.tolist()
@@ -265,12 +276,6 @@ class RewardModel(Scoring, MoELoRAModel):
     def _asked(self, category: str | None) -> list[str]:
         """The views that a text of a category is looked at under; ``None`` for the general expert."""
         return [GENERAL] if category is None else self.reward.capability_views(category)
-
-
-def _first(category_ids: Tensor | None) -> int:
-    if category_ids is None:
-        raise UserError("states are joined by the aggregator of a category: give category_ids")
-    return int(category_ids.flatten()[0])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from ..data.conversations import render
+from ..data.ranking_set import ResponseFormat
 from ..errors import ConfigError, DataError, UserError
 from ..registry import closest
 from ..saving import Saving
@@ -58,27 +59,6 @@ class Reward:
     capabilities: Mapping[str, float]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> tuple[list[int], int]:
-    """Token ids of a whole conversation as the chat template writes it, and how many come before the response.
-
-    Raises:
-        DataError: the template writes a prompt otherwise once a response follows.
-    """
-    before = _ids(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
-    whole = _ids(tokenizer, render(tokenizer, [*prompt, {"role": "assistant", "content": response}]))
-    if whole[: len(before)] != before:
-        raise DataError(
-            "the chat template writes the prompt otherwise once a response follows, so that its category could not be "
-            "told by the same tokens: set a chat_template that writes each turn by itself"
-        )
-    return whole, len(before)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 class Scoring(Saving):
     """The part of a reward model that takes texts.
 
@@ -114,16 +94,19 @@ class Scoring(Saving):
         counts = {len(prompts), len(responses), len(responses if categories is None else categories)}
         if len(counts) > 1:
             raise DataError(f"score takes a prompt (and a category) for each response, got {sorted(counts)} of them")
-        tokenizer = self._given_tokenizer()
+        write = ResponseFormat(self._given_tokenizer())
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-        texts = [encode(tokenizer, prompt, response) for prompt, response in zip(messages, responses, strict=True)]
-        with self._evaluating():
+        texts = []
+        for prompt, response in zip(messages, responses, strict=True):
+            before, [after] = write(prompt, [response])
+            texts.append((before + after, len(before)))
+        with self.evaluating():
             routed, sure = self._routed(texts, batch_size) if categories is None else self._known(categories)
             threshold = self.reward.threshold
             answered = [number if p >= threshold else -1 for number, p in zip(routed, sure, strict=True)]
             found: dict[int, Reward] = {}
             for batch in by_length([len(ids) for ids, _ in texts], batch_size):
-                ids, mask = self._padded([texts[row][0] for row in batch])
+                ids, mask = self.padded([texts[row][0] for row in batch])
                 known = torch.tensor([answered[row] for row in batch], device=ids.device)
                 output = self(ids, mask, category_ids=known)
                 for place, row in enumerate(batch):
@@ -170,7 +153,8 @@ class Scoring(Saving):
         return tokenizer
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the model is in evaluation mode."""
         training = self.training
         self.train(False)
         try:
@@ -192,13 +176,14 @@ class Scoring(Saving):
         distinct = list(dict.fromkeys(prompts))
         found: dict[tuple[int, ...], tuple[int, float]] = {}
         for batch in by_length([len(prompt) for prompt in distinct], batch_size):
-            ids, mask = self._padded([distinct[row] for row in batch])
+            ids, mask = self.padded([distinct[row] for row in batch])
             routed, sure = self.route(ids, mask, mask.sum(dim=-1))  # type: ignore[operator]
             for row, number, p in zip(batch, routed.tolist(), sure.tolist(), strict=True):
                 found[distinct[row]] = (number, p)
         return [found[prompt][0] for prompt in prompts], [found[prompt][1] for prompt in prompts]
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (B, S), padded on the right, on the model's device."""
         device = self.device
         width = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -228,5 +213,6 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 def _answer_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens by which a chat template begins an answer."""
     question = [{"role": "user", "content": "?"}]
-    without = _ids(tokenizer, render(tokenizer, question))
-    return _ids(tokenizer, render(tokenizer, question, add_generation_prompt=True))[len(without) :]
+    without, opening = render(tokenizer, question), render(tokenizer, question, add_generation_prompt=True)
+    ids: list[int] = tokenizer(opening[len(without) :], add_special_tokens=False)["input_ids"]
+    return ids
