@@ -1,19 +1,24 @@
-"""``moelora label`` as its own process: reports, exit codes, limits, and being killed at any moment."""
+"""``moelora label``: reports, exit codes, limits, and, as its own process, being killed at any moment."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from judges_served import Fault, longer, serving, status
+
+from moelora.cli.app import main
 
 KEY = "sk-very-secret-0123456789"
 COUNT = 20
@@ -35,13 +40,42 @@ def command(folder: Path, url: str, *words: str) -> list[str]:
     return [sys.executable, "-m", "moelora", "label", *paths, "--model", "m", "--base-url", url, *words]
 
 
-def environment(key: str | None = None) -> dict[str, str]:
+def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    return {**kept, "COLUMNS": "80", "NO_COLOR": "1"} | ({} if key is None else {"OPENAI_API_KEY": key})
+    return {**kept, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "GOMP_SPINCOUNT": "20000"}
 
 
-def run(folder: Path, url: str, *words: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, url, *words), capture_output=True, text=True, env=environment(key))
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """The verb in this process, as the user would type it; a key only where one is given."""
+    logger = logging.getLogger("moelora")
+    before = logger.handlers, logger.level, logger.propagate
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    def run(url: str, *words: str, key: str | None = None) -> Done:
+        if key is None:
+            monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        else:
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(command(folder, url, *words)[3:])
+        return Done(int(stopped.value.code or 0), *capsys.readouterr())
+
+    yield run
+    logger.handlers, logger.level, logger.propagate = before
 
 
 def kept(folder: Path) -> set[str]:
@@ -54,16 +88,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
-def test_it_plans_stops_goes_on_and_reports(folder: Path) -> None:
+def test_it_plans_stops_goes_on_and_reports(folder: Path, run: Run) -> None:
     with serving(longer) as seen:
-        planned = run(folder, seen.url, "--dry-run", "--price-in", "2", "--price-out", "3")
+        planned = run(seen.url, "--dry-run", "--price-in", "2", "--price-out", "3")
         assert planned.returncode == 0, planned.stderr
         assert planned.stdout.startswith("20 pairs, 40 questions, 40 of them without an answer yet\nabout ")
         assert "cost: about 0.0" in planned.stdout
         assert not seen.requests
         assert sorted(path.name for path in folder.iterdir()) == ["pairs.jsonl", "points.yaml"]
 
-        part = run(folder, seen.url, "--max-questions", "10", key=KEY)
+        part = run(seen.url, "--max-questions", "10", key=KEY)
         assert part.returncode == 0, part.stderr
         assert "the limit of 10 questions is reached; 15 pairs are left" in part.stdout.replace("\n", " ")
         assert len(seen.requests) == 10
@@ -72,7 +106,7 @@ def test_it_plans_stops_goes_on_and_reports(folder: Path) -> None:
         assert all(KEY.encode() not in path.read_bytes() for path in folder.iterdir())
         assert sum("capabilities" in row for row in rows(folder)) == 5
 
-        whole = run(folder, seen.url, "--json", "--price-in", "2", "--price-out", "3")
+        whole = run(seen.url, "--json", "--price-in", "2", "--price-out", "3")
         assert whole.returncode == 0, whole.stderr
         assert set(seen.answered.values()) == {1}
     report = json.loads(whole.stdout)
@@ -87,12 +121,12 @@ def test_it_plans_stops_goes_on_and_reports(folder: Path) -> None:
         assert made["capabilities"]["humour"] in ([2, 1], {"pairs": [[1, 0]], "ties": [], "margins": [0.0]})
 
 
-def test_it_says_what_went_wrong_and_goes_on(folder: Path) -> None:
+def test_it_says_what_went_wrong_and_goes_on(folder: Path, run: Run) -> None:
     dead: list[Fault] = [status(503, "out of order")] * 100
     with serving(longer) as seen:
-        run(folder, seen.url, "--max-questions", "10")
+        run(seen.url, "--max-questions", "10")
         seen.faults = dead
-        failed = run(folder, seen.url, "--retries", "0")
+        failed = run(seen.url, "--retries", "0")
         assert failed.returncode == 2
         said = failed.stderr.replace("\n", " ")
         assert f"{seen.url} failed, tried 1 times (503): out of order" in said
@@ -101,13 +135,13 @@ def test_it_says_what_went_wrong_and_goes_on(folder: Path) -> None:
         assert "Traceback" not in said
         assert sum("capabilities" in row for row in rows(folder)) == 5
         seen.faults = []
-        assert run(folder, seen.url).returncode == 0
+        assert run(seen.url).returncode == 0
         assert set(seen.answered.values()) == {1}
     assert sum("capabilities" in row for row in rows(folder)) == COUNT
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_killed_it_loses_nothing_and_pays_nothing_twice(folder: Path, kill: signal.Signals) -> None:
+def test_killed_it_loses_nothing_and_pays_nothing_twice(folder: Path, run: Run, kill: signal.Signals) -> None:
     with serving(longer, delay=0.1) as seen:
         words = command(folder, seen.url, "--concurrency", "3")
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
@@ -125,7 +159,7 @@ def test_killed_it_loses_nothing_and_pays_nothing_twice(folder: Path, kill: sign
         # Killed, it cannot keep what had not arrived; interrupted, it waits for that.
         assert len(sent - before) <= (3 if kill is signal.SIGKILL else 0)
         assert not (folder / "out.jsonl").exists()
-        assert run(folder, seen.url).returncode == 0
+        assert run(seen.url).returncode == 0
         twice = {messages for messages, count in seen.answered.items() if count > 1}
         assert twice == sent - before
     assert sum("capabilities" in row for row in rows(folder)) == COUNT
@@ -144,15 +178,9 @@ def test_killed_it_loses_nothing_and_pays_nothing_twice(folder: Path, kill: sign
         (("data.columns.category=kind",), "data.columns.category is 'kind'"),
     ],
 )
-def test_a_mistake_is_explained(
-    folder: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from moelora.cli.app import main
-
+def test_a_mistake_is_explained(folder: Path, run: Run, words: tuple[str, ...], message: str) -> None:
     with serving(longer) as seen:
-        asked = command(folder, seen.url, *(word.format(folder=folder) for word in words))[3:]
-        with pytest.raises(SystemExit) as stopped:
-            main(asked)
-        assert stopped.value.code == 2
-        assert message in " ".join(capsys.readouterr().err.split())
+        done = run(seen.url, *(word.format(folder=folder) for word in words))
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.split())
         assert not seen.requests
