@@ -145,7 +145,7 @@ def bench(
     present = [name for name in home if name in set(subsets)]
     found, drawn = {}, {}
     for place, name in enumerate(present):
-        sums_P2, _ = tally(
+        sums_P2 = tally(
             (ranking.key, ranking.comparisons, values)
             for ranking, values, subset in zip(rankings, rewards, subsets, strict=True)
             if subset == name
