@@ -248,7 +248,8 @@ def summary(labels: Labels) -> dict[str, Any]:
     ]
     total = {"pairs": labels.total.asked, **vars(labels.total)}
     bias = {"position_bias": labels.position_bias, "both_first": labels.both_first, "both_second": labels.both_second}
-    return {"points": rows, "total": total, **bias, "skipped": labels.skipped, "spent": vars(labels.spent)}
+    other = {"skipped": labels.skipped, "cut_off": labels.cut_off, "spent": vars(labels.spent)}
+    return {"points": rows, "total": total, **bias, **other}
 
 
 def _show(labels: Labels, output: Path) -> None:
@@ -273,6 +274,10 @@ def _show(labels: Labels, output: Path) -> None:
         f"{spent.answers:,} answers in this run, {spent.retried:,} retries; {spent.tokens_in:,} tokens sent, "
         f"{spent.tokens_out:,} received{uncounted}" + (f"; cost {spent.cost:,.4g}" if spent.cost else "")
     )
+    if labels.cut_off:
+        lines.append(
+            f"{labels.cut_off:,} unreadable answers were cut off: allow longer ones, as with --sampling max_tokens=2000"
+        )
     if labels.skipped:
         lines.append(f"{labels.skipped:,} rankings have no category and are left as they are")
     print_lines([*lines, f"wrote {output}"])

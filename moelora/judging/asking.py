@@ -79,7 +79,9 @@ class Asker:
         self._in_a_row = 0
 
     def ask(self, questions: Iterable[Question]) -> Spent:
-        """Ask those of ``questions`` that are open, each once. An interrupt lets those under way arrive, and be kept.
+        """Ask ``questions``, of which none is settled and none is there twice.
+
+        An interrupt lets those under way arrive, and be kept.
 
         Raises:
             DataError: an answer cannot be kept.
@@ -108,15 +110,14 @@ class Asker:
             raise
 
     def _take(self, waiting: Iterator[Question]) -> Question | None:
+        """The next question, if the limits leave room for it; in one step, so that they are asked in order."""
         with self._lock:
-            return None if self.spent.stopped else next(waiting, None)
+            question = None if self.spent.stopped else next(waiting, None)
+            return question if question is not None and self._reserve(question) else None
 
     def _pursue(self, question: Question) -> None:
         """Ask one question until it is settled."""
         while True:
-            verdict, question = settle(self.cache, question, self.client.config.ask_again)
-            if verdict is not None or not self._start(question):
-                return
             try:
                 answer = self.client.ask(question)
             except Failure as failure:
@@ -124,22 +125,27 @@ class Asker:
                 return
             self.cache.put(question, answer)
             self._arrived(question, answer)
+            verdict, question = settle(self.cache, question, self.client.config.ask_again)
+            if verdict is not None:
+                return
+            with self._lock:
+                if not self._reserve(question):
+                    return
 
-    def _start(self, question: Question) -> bool:
-        """Whether the limits leave room for a question."""
-        with self._lock:
-            count, cost = self.limits.questions, self.limits.cost
-            if self.spent.stopped:
-                return False
-            if count is not None and self.spent.answers + len(self._under_way) >= count:
-                self.spent.stopped = f"the limit of {count} questions is reached"
-                return False
-            expected = self.spent.cost + sum(self._most(each) for each in (*self._under_way, question))
-            if cost is not None and expected > cost:
-                self.spent.stopped = f"the next question might take the cost above the limit of {cost:g}"
-                return False
-            self._under_way.append(question)
-            return True
+    def _reserve(self, question: Question) -> bool:
+        """Whether a question may be asked; then it counts as under way. The caller holds the lock."""
+        count, cost = self.limits.questions, self.limits.cost
+        if self.spent.stopped:
+            return False
+        if count is not None and self.spent.answers + len(self._under_way) >= count:
+            self.spent.stopped = f"the limit of {count} questions is reached"
+            return False
+        expected = self.spent.cost + sum(self._most(each) for each in (*self._under_way, question))
+        if cost is not None and expected > cost:
+            self.spent.stopped = f"the next question might take the cost above the limit of {cost:g}"
+            return False
+        self._under_way.append(question)
+        return True
 
     def _most(self, question: Question) -> float:
         return self.prices.of(question.tokens(), self.client.config.output_limit or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,9 +56,10 @@ class _Completion(BaseModel):
 class Client:
     """A judge that can be asked; several threads may ask at once.
 
-    Connections that fail, timeouts and the statuses 408, 409, 429 and 5xx are retried by the ``openai`` client, with
-    exponential backoff (0.5 s up to 8 s, less up to a quarter at random) or as long as ``Retry-After`` says (up to two
-    minutes). On top of it, and with the same waits, so are answers that are no JSON, or JSON without a choice in it.
+    Failed connections, timeouts and the statuses 408, 409, 429 and 5xx are retried by the ``openai`` client, with
+    exponential backoff (0.5 s up to 8 s, less up to a quarter at random), or after as long as ``Retry-After`` says (two
+    minutes at most; what would have to wait longer fails). On top of it, and with the same waits, so are answers that
+    are no JSON, or JSON without a choice in it.
 
     Raises:
         ConfigError: the package ``openai`` is missing, or the key is, or cannot be one.
@@ -71,6 +73,7 @@ class Client:
         self._openai: Any = openai
         self.config = config
         self.retried = 0
+        self._lock = threading.Lock()
         self._key = _key(config)
         self._client = openai.OpenAI(
             api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=config.retries
@@ -92,15 +95,17 @@ class Client:
                 )
             except self._openai.OpenAIError as error:
                 raise self._failure(error) from None
-            self.retried += raw.retries_taken
+            body = raw.http_response.content
+            with self._lock:
+                self.retried += raw.retries_taken + (attempt > 0)
             try:
-                return _answer(raw.http_response.content)
+                return _answer(body)
             except ValidationError as error:
                 what = "no JSON" if error.errors()[0]["type"] == "json_invalid" else "JSON without an answer in it"
             if attempt < self.config.retries:
-                self.retried += 1
                 time.sleep(min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * (1 - random.uniform(0, 0.25)))  # noqa: S311
-        raise Failure(f"{self.config.base_url} sent {what}, {self.config.retries + 1} times")
+        said = self._plain(body.decode("utf-8", "replace"))
+        raise Failure(f"{self.config.base_url} sent {what}, {_tries(self.config.retries + 1)}: {said}")
 
     def close(self) -> None:
         """Let the connections go."""
@@ -108,7 +113,9 @@ class Client:
 
     def _failure(self, error: Exception) -> Failure:
         openai, config = self._openai, self.config
-        times = f"tried {config.retries + 1} times"
+        # The client counts them there; fewer than allowed where the server asks to wait for long.
+        taken = error.request.headers if isinstance(error, openai.APIError) else {}
+        times = _tries(int(taken.get("x-stainless-retry-count", "0")) + 1)
         if isinstance(error, openai.APITimeoutError):
             return Failure(f"{config.base_url} did not answer within {config.timeout:g} s, {times}")
         if isinstance(error, openai.APIConnectionError):
@@ -135,6 +142,10 @@ class Client:
             text = text.replace(self._key, "***")
         text = " ".join(text.split())
         return "".join(each if each.isprintable() else "?" for each in text)[:300] or "without a word"
+
+
+def _tries(count: int) -> str:
+    return f"after {count} {'try' if count == 1 else 'tries'}"
 
 
 def _answer(body: bytes) -> Answer:

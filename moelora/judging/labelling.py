@@ -68,6 +68,7 @@ class Labels:
     Attributes:
         tallies: by category and point. skipped: rankings without a category, of which nothing is asked.
         both_first: pairs of which both answers name the reply shown first; both_second likewise.
+        cut_off: answers that could not be read and that ended because they were too long.
     """
 
     rankings: list[Ranking] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Labels:
     skipped: int = 0
     both_first: int = 0
     both_second: int = 0
+    cut_off: int = 0
     spent: Spent = field(default_factory=Spent)
 
     @property
@@ -220,7 +222,11 @@ def collect(
         category = rankings[pair.row].category
         assert category is not None
         tally = labels.tallies.setdefault((category, pair.point), Tally())
-        verdicts = [settle(cache, question, config.ask_again)[0] for question in _questions(rankings, categories, pair)]
+        settled = [settle(cache, question, config.ask_again) for question in _questions(rankings, categories, pair)]
+        verdicts = [verdict for verdict, _ in settled]
+        for verdict, last in settled:
+            answer = cache.get(last) if verdict is Verdict.UNREADABLE else None
+            labels.cut_off += answer is not None and answer.finish == "length"
         if None in verdicts:
             tally.open += 1
         elif Verdict.UNREADABLE in verdicts:

@@ -85,10 +85,13 @@ def test_what_passes_is_tried_again(fault: object) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (status(429, "slow down", Retry_After="1"), r"limits the rate, tried 2 times, and asks to wait for 1 s .*slow"),
-        (status(503, "busy"), r"failed, tried 2 times \(503\): busy"),
-        (sends(b"{not json"), "sent no JSON, 2 times"),
-        (sends({**completion(""), "choices": []}), "sent JSON without an answer in it, 2 times"),
+        (status(429, "slow down", Retry_After="1"), r"limits the rate, after 2 tries, and asks to wait for 1 s .*slow"),
+        (status(503, "busy"), r"failed, after 2 tries \(503\): busy"),
+        (sends(b"{not json"), "sent no JSON, after 2 tries: {not json"),
+        (
+            sends({**completion(""), "choices": []}),
+            "sent JSON without an answer in it, after 2 tries: .*choices",
+        ),
     ],
 )
 def test_what_stays_is_said(fault: object, words: str) -> None:
@@ -103,14 +106,14 @@ def test_what_stays_is_said(fault: object, words: str) -> None:
 def test_a_slow_server_is_given_up() -> None:
     with serving(lambda question: "first", [hangs(1.5)]) as seen:
         failure = fails(client(seen.url, timeout=0.2, retries=0))
-    assert "did not answer within 0.2 s, tried 1 times" in str(failure)
+    assert "did not answer within 0.2 s, after 1 try" in str(failure)
 
 
 def test_a_server_that_is_down_is_said_to_be() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
         failure = fails(client(f"http://127.0.0.1:{taken.getsockname()[1]}/v1", retries=0))
-    assert "cannot be reached, tried 1 times: is the server running?" in str(failure)
+    assert "cannot be reached, after 1 try: is the server running?" in str(failure)
 
 
 @pytest.mark.parametrize("when", ["seconds", "date"])
@@ -119,6 +122,13 @@ def test_retry_after_is_kept(when: str) -> None:
     with serving(lambda question: "first", [status(429, Retry_After=wait)]) as seen:
         client(seen.url).ask(QUESTION)
     assert seen.times[1] - seen.times[0] >= 1.5  # the client's own first wait is at most 0.5 s
+
+
+def test_a_long_wait_is_left_to_the_user() -> None:
+    with serving(lambda question: "first", [status(429, "quota", Retry_After="3600")]) as seen:
+        failure = fails(client(seen.url))
+    assert len(seen.requests) == 1
+    assert "limits the rate, after 1 try, and asks to wait for 3600 s (429): quota" in str(failure)
 
 
 @pytest.mark.parametrize(

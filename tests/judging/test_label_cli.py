@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judges_served import Fault, longer, serving, status
+from judges_served import Fault, completion, longer, reply, serving, status
 
 from moelora.cli.app import main
 
@@ -129,7 +129,7 @@ def test_it_says_what_went_wrong_and_goes_on(folder: Path, run: Run) -> None:
         failed = run(seen.url, "--retries", "0")
         assert failed.returncode == 2
         said = failed.stderr.replace("\n", " ")
-        assert f"{seen.url} failed, tried 1 times (503): out of order" in said
+        assert f"{seen.url} failed, after 1 try (503): out of order" in said
         assert "15 pairs are left" in said
         assert "run the same command again to go on" in said
         assert "Traceback" not in said
@@ -138,6 +138,22 @@ def test_it_says_what_went_wrong_and_goes_on(folder: Path, run: Run) -> None:
         assert run(seen.url).returncode == 0
         assert set(seen.answered.values()) == {1}
     assert sum("capabilities" in row for row in rows(folder)) == COUNT
+
+
+def test_a_terminal_sees_a_bar_and_what_was_cut_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cuts_off(handler: Any) -> None:
+        body = completion("Let me think about this. The")
+        body["choices"][0]["finish_reason"] = "length"
+        reply(handler, body)
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with serving(longer, [cuts_off] * 2 * COUNT) as seen:
+        done = run(seen.url, "--ask-again", "0")
+    assert done.returncode == 0, done.stderr
+    assert "Asking" in done.stderr
+    assert "40 unreadable answers were cut off: allow longer ones, as with --sampling max_tokens=2000" in done.stdout
+    assert "position bias" not in done.stdout
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
