@@ -331,6 +331,10 @@ def _show_best_of(reports: dict[str, ModelReport]) -> None:
     title = f"Gold score of the best of n, {first.prompts} prompts{left_out}"
     print_table(title, ["n", "KL", *map(escape, found), "at best"], rows)
     for name, each in found.items():
+        gap = reports[name].gold_difference
+        if gap is not None:
+            told = f"{gap.mean[-1]:+.3f} [{gap.low[-1]:+.3f}, {gap.high[-1]:+.3f}]"
+            print_lines([f"{name} - {next(iter(found))}, gold score of the best of {each.n[-1]}: {told}"])
         drop, last = each.drop, each.n[-1]
         fell = "" if each.peak == last else f", {drop.difference:+.3f} [{drop.low:+.3f}, {drop.high:+.3f}] at {last}"
         print_lines([f"{name}: the gold score is highest at n = {each.peak}{fell}"])

@@ -142,6 +142,29 @@ def best_of_n(
     )
 
 
+def gold_difference(
+    rankings: Sequence[Ranking], one: Rewards, other: Rewards, most: int, *, draws: int = DRAWS, seed: int = 0
+) -> Curve:
+    """By how much the gold score of what ``one`` chooses is above that of what ``other`` does, for n = 1 .. ``most``.
+
+    Each draw takes the same prompts for both: some prompts have better responses than others, which cancels.
+
+    Raises:
+        DataError: as :func:`best_of_n`.
+    """
+    check(rankings, one)
+    check(rankings, other)
+    rows: dict[str, Array] = {}
+    for index, scores in usable(rankings, most).items():
+        key = rankings[index].key
+        gap = expected_best(one[index], scores, most) - expected_best(other[index], scores, most)
+        rows[key] = rows.get(key, 0) + np.append(gap, 1.0)
+    sums_PM = np.stack(list(rows.values()))
+    drawn = resampled(sums_PM, draws, seed)
+    total = sums_PM.sum(0)
+    return _curve(total[:-1] / total[-1], drawn[:, :-1] / drawn[:, -1:])
+
+
 def usable(rankings: Sequence[Ranking], most: int) -> dict[int, tuple[float, ...]]:
     """Which rankings have gold scores and ``most`` responses at least, by number, and these scores.
 

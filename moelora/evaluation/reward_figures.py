@@ -36,6 +36,7 @@ def accuracy(reports: Mapping[str, RewardReport]) -> Figure:
                 y=[html.escape(key) for key in found],
                 name=html.escape(name),
                 mode="markers",
+                orientation="h",
                 marker={"color": _colour(place), "size": 9},
                 error_x={
                     "array": [round(each.high - each.mean, 4) for each in found.values()],
@@ -49,7 +50,8 @@ def accuracy(reports: Mapping[str, RewardReport]) -> Figure:
         )
     figure = blank(traces, height=140 + len(rows) * (26 + 6 * len(reports)))
     label_axes(figure, "comparisons that are right", "")
-    figure.update_yaxes(autorange="reversed", type="category", automargin=True, categoryarray=list(rows))
+    figure.update_yaxes(autorange="reversed", type="category", automargin=True)
+    figure.update_yaxes(categoryorder="array", categoryarray=list(rows))
     figure.update_xaxes(range=[0, 1.02], showgrid=True, gridcolor=GRID)
     figure.add_vline(x=0.5, line={"color": MUTED, "dash": "dot", "width": 1})
     figure.update_layout(legend=LEGEND, scattermode="group")

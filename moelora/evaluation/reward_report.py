@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .reward_bench import REWARD_BENCH, BenchReport, Sections, bench
-from .reward_best_of_n import BestOfN, best_of_n
+from .reward_best_of_n import BestOfN, Curve, best_of_n, gold_difference
 from .reward_calibration import Calibration, RouterReport, calibration, router_report
 from .rewards import RewardReport, differences, judge
 from .scoring import Comparison as Difference
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.ranking import Ranking
     from ..reward.scoring import Reward
 
+CURVES = ("gold", "proxy", "best", "gold_gain", "proxy_gain", "gap")
 Scored = Mapping[str, Sequence[Sequence["Reward"]]]
 
 
@@ -31,6 +32,7 @@ class ModelReport:
     Attributes:
         router: ``None`` where there is none, or nothing to compare it with. best_of: ``None`` if it was not asked for.
         bench: ``None`` where the data has no subsets. differences: of accuracy to the first model, ``None`` for itself.
+        gold_difference: of the gold score of the best of n to that of the first model, where there are both.
     """
 
     rewards: RewardReport
@@ -39,6 +41,7 @@ class ModelReport:
     best_of: BestOfN | None
     bench: BenchReport | None
     differences: dict[str, Difference] | None
+    gold_difference: Curve | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; what there is not is left out."""
@@ -52,6 +55,8 @@ class ModelReport:
         plain: dict[str, Any] = {name: part.to_dict() for name, part in parts.items() if part is not None}
         if self.differences is not None:
             plain["difference"] = {name: vars(each) for name, each in self.differences.items()}
+        if self.gold_difference is not None:
+            plain["best_of_n"]["gold_difference"] = vars(self.gold_difference)
         return plain
 
 
@@ -88,6 +93,9 @@ def report(
             None if best_of is None else best_of_n(rankings, rewards, best_of, seed=seed),
             None if subsets is None else bench(rankings, rewards, subsets, _sections(subsets), seed=seed),
             None if name == first else differences(rankings, rewards, plain[first], seed=seed),
+            None
+            if name == first or best_of is None
+            else gold_difference(rankings, rewards, plain[first], best_of, seed=seed),
         )
         for name, rewards in plain.items()
     }
@@ -219,8 +227,10 @@ def _points(reports: Mapping[str, ModelReport]) -> Iterator[tuple[Any, ...]]:
     """Each point of each curve, for a table."""
     for model, each in reports.items():
         if each.best_of is not None:
-            for name in ("gold", "proxy", "best", "gold_gain", "proxy_gain", "gap"):
-                curve = getattr(each.best_of, name)
+            curves = {name: getattr(each.best_of, name) for name in CURVES}
+            if each.gold_difference is not None:
+                curves["gold_difference"] = each.gold_difference
+            for name, curve in curves.items():
                 values = zip(each.best_of.n, each.best_of.kl, curve.mean, curve.low, curve.high, strict=True)
                 for n, kl, mean, low, high in values:
                     yield model, n, kl, name, mean, low, high

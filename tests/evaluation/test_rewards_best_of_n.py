@@ -11,7 +11,7 @@ import pytest
 
 from moelora.data.ranking import Ranking
 from moelora.errors import DataError
-from moelora.evaluation.reward_best_of_n import best_of_n, expected_best, kl, rank_weights
+from moelora.evaluation.reward_best_of_n import best_of_n, expected_best, gold_difference, kl, rank_weights
 
 pytestmark = pytest.mark.smoke
 
@@ -124,6 +124,20 @@ def test_bands_narrow_with_prompts_and_are_seeded() -> None:
     # A prompt that comes twice says no more than once.
     rankings, proxy = hacked(20)
     assert best_of_n(rankings * 2, proxy * 2, 8, draws=500).gold.low == pytest.approx(few.gold.low)
+
+
+def test_two_rewards_are_compared_prompt_by_prompt() -> None:
+    rng = np.random.default_rng(3)
+    # Prompts differ far more than what is chosen within them.
+    gold = rng.normal(size=(50, 16)) + rng.normal(0, 20, size=(50, 1))
+    rankings = rankings_of(gold)
+    good, bad = (gold + rng.normal(0, noise, size=gold.shape) for noise in (0.3, 3.0))
+    gap = gold_difference(rankings, good.tolist(), bad.tolist(), 8)
+    one, other = (best_of_n(rankings, proxy.tolist(), 8).gold for proxy in (good, bad))
+    assert gap.mean == pytest.approx(np.subtract(one.mean, other.mean))
+    assert gap.mean[0] == pytest.approx(0) and gap.low[-1] > 0.5
+    assert one.low[-1] < other.high[-1]  # apart, the two bands say nothing
+    assert gap.high[-1] - gap.low[-1] < 0.1 * (one.high[-1] - one.low[-1])
 
 
 def test_rankings_that_do_not_reach_so_far_are_left_out() -> None:

@@ -96,10 +96,15 @@ def test_a_report_compares_all_models_with_the_first(tmp_path: Path) -> None:
         "capability letters/clean, reward",
     }
     points = list(csv.DictReader((path.parent / "best_of_n.csv").open()))
-    assert len(points) == 2 * 6 * 4
+    assert len(points) == (2 * 6 + 1) * 4
     chosen = next(p for p in points if (p["model"], p["n"], p["curve"]) == ("good", "4", "gold"))
     assert good.best_of is not None and float(chosen["mean"]) == good.best_of.gold.mean[3]
     assert float(chosen["kl"]) == pytest.approx(math.log(4) - 0.75)
+    gap = metrics["<b>noisy</b>"]["best_of_n"]["gold_difference"]
+    assert "gold_difference" not in metrics["good"]["best_of_n"] and gap["mean"][0] == pytest.approx(0)
+    assert noisy.best_of is not None and gap["mean"][3] == pytest.approx(
+        noisy.best_of.gold.mean[3] - good.best_of.gold.mean[3]
+    )
     lines = [json.loads(line) for line in (path.parent / "rewards.jsonl").read_text().splitlines()]
     assert [line["rewards"]["good"] for line in lines] == [[r.reward for r in row] for row in everything["good"]]
 
@@ -230,7 +235,11 @@ def test_tables_for_people(run: Run, checkpoints: list[Path], data: Path, tmp_pa
     assert code == 0, err
     for text in ("comparisons of 8 prompts", "- m0", "log loss", "fell back", "sums/short, own score", "at best"):
         assert text in out, out
-    assert "m1: the gold score is highest at n = " in out and f"wrote {tmp_path / 'rewards.html'}" in out
+    assert (
+        "m1 - m0, gold score of the best of 3: " in out
+        and "m1: the gold score is highest at n = " in out
+        and f"wrote {tmp_path / 'rewards.html'}" in out
+    )
 
 
 def test_the_recipe_of_a_reward_model_says_what_was_held_out(
