@@ -132,7 +132,9 @@ def evaluate(
     Example: `moelora eval runs/quickstart --baseline data.test_size=100`
     """
     hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
-    rewards = RewardOptions(ensemble or (), standardise, given_categories, best_of, out, limit, batch_size)
+    rewards = RewardOptions(
+        preferences is not None, ensemble or (), standardise, given_categories, best_of, out, limit, batch_size
+    )
     scored = {f"--score {score}": score is not Score.GENERATE}
     asked: HarnessAsked | QuestionsAsked
     if tasks is not None:

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..config import Closed, DataConfig, PreferenceData, apply_overrides
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .common import print_json, print_lines, print_table, stderr
 
 if TYPE_CHECKING:
@@ -76,8 +76,13 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """What is asked of reward models; the options of the command line."""
+    """What is asked of reward models; the options of the command line.
 
+    Attributes:
+        whole: the data are there to judge on, so all of them may be taken; else what is held out from training.
+    """
+
+    whole: bool
     ensemble: Sequence[str]
     standardise: Path | None
     given_categories: bool
@@ -135,8 +140,7 @@ def evaluate_rewards(
     """
     from ..evaluation.reward_report import report, write
 
-    rankings, subsets = _read(data)
-    rankings, subsets = _limited(rankings, subsets, options.limit)
+    rankings, subsets = _limited(*_read(data, options.whole), options.limit)
     _check(rankings, options)
     beside = {**hub, "revision": None, "subfolder": None}
     scored = _score_all(path, rankings, options, lambda each: load(each, hub=hub if each == path else beside))
@@ -154,15 +158,26 @@ def evaluate_rewards(
             print_lines([f"wrote {page}"])
 
 
-def _read(data: PreferenceData) -> tuple[list[Ranking], list[str] | None]:
-    """The rankings that are held out, or all where none are to be; with their subsets where they have such."""
+def _read(data: PreferenceData, whole: bool) -> tuple[list[Ranking], list[str] | None]:
+    """The rankings that are held out, or ``whole`` data where none are; with their subsets where they have such.
+
+    Raises:
+        DataError: none are held out from training.
+    """
     from ..data.preferences import read_rankings
     from ..data.tables import open_table
     from ..evaluation.reward_bench import read_bench
 
-    if "subset" in open_table(data, data.path, data.split).column_names and data.columns.category is None:
-        return read_bench(data)
+    if whole and data.columns.category is None:
+        columns = open_table(data, data.path, data.split).column_names
+        if "subset" in columns and "category" not in columns:
+            return read_bench(data)
     train, test = read_rankings(data)
+    if not test and not whole:
+        raise DataError(
+            "the recipe holds out no rankings to judge on: set data.test_path, or data.test_fraction above 0, as in "
+            "training; or name others with --preferences"
+        )
     return test or train, None
 
 

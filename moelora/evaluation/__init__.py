@@ -1,4 +1,4 @@
-"""How well a model answers: what it generates, which answers it finds likely, tasks of lm-evaluation-harness."""
+"""How well a model answers, by what it generates or finds likely, and in lm-evaluation-harness; how well it rewards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from .labels import score_labels as score_labels
 from .labels import score_options as score_options
 from .labels import teacher_forced_match as teacher_forced_match
 from .likelihood import likelihoods as likelihoods
+from .reward_best_of_n import best_of_n as best_of_n
+from .reward_calibration import calibration as calibration
+from .reward_ensembles import RewardEnsemble as RewardEnsemble
+from .rewards import judge as judge
+from .rewards import score_rankings as score_rankings
 from .scoring import Comparison as Comparison
 from .scoring import Report as Report
 from .scoring import TaskScore as TaskScore

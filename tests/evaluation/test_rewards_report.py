@@ -252,6 +252,9 @@ def test_the_recipe_of_a_reward_model_says_what_was_held_out(
     assert run.json(folder)["rankings"] == 2
     assert run.json(folder, "data.test_fraction=0.5")["rankings"] == 4
     assert run.json(folder, "data.test_fraction=0.5", "--limit", "1")["rankings"] == 2
+    # What it was trained on is no test.
+    code, _, err = run(folder, "data.test_fraction=0")
+    assert code == 2 and "holds out no rankings" in " ".join(err.split()), err
 
 
 def test_subsets_are_averaged(run: Run, checkpoints: list[Path], tmp_path: Path) -> None:
