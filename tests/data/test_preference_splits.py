@@ -31,6 +31,7 @@ def many() -> list[Ranking]:
 
 
 class TestSplit:
+    @pytest.mark.smoke
     def test_by_prompt_and_category(self, many: list[Ranking]) -> None:
         train, test = split(many, 0.3, seed=0)
         assert not {r.key for r in train} & {r.key for r in test}
@@ -57,7 +58,9 @@ class TestSplit:
         both = [ranking(n, name) for n in range(20) for name in ("b", "a")]
         train, test = split(both, 0.5, 0)
         assert len(train) == len(test) == 20
-        assert not {r.key for r in train} & {r.key for r in test}
+        names = [("a", "b"), ("b", "a"), ("a",)]
+        mixed = [ranking(n, name) for n in range(30) for name in names[n % 3]]
+        assert {r.key for r in split(mixed, 0.3, 0)[1]} == {r.key for r in split(mixed[::-1], 0.3, 0)[1]}
 
 
 class TestReading:
@@ -127,6 +130,7 @@ class TestRecipe:
         assert recipe.data.columns.capabilities == {"tone": "politeness"}
         assert Recipe.parse(recipe.to_dict()) == recipe
 
+    @pytest.mark.smoke
     def test_other_trainers_name_the_one_that_takes_it(self) -> None:
         recipe = Recipe.parse(RECIPE)
         assert recipe.trainer.kind == "sft"
@@ -135,6 +139,11 @@ class TestRecipe:
             read_data(recipe)
         with pytest.raises(ConfigError, match=r"kind: reward\} takes it"):
             load_examples(recipe.data)
+        router = {"kind": "softmax", "aux_loss_coef": 0.1}
+        sites = [{"target": "mlp", "experts": {"kind": "lora", "num_experts": 2, "r": 2}, "router": router}]
+        typed = Recipe.parse(RECIPE | {"mixture": {"sites": sites}})
+        with pytest.raises(ConfigError, match=r"kind: reward\} takes it"):  # and not that the router needs types
+            read_data(typed)
 
     @pytest.mark.parametrize(
         ("columns", "message"),

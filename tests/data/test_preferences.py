@@ -39,6 +39,7 @@ def pairs(found: tuple[Comparison, ...]) -> set[Any]:
 
 
 class TestComparisons:
+    @pytest.mark.smoke
     def test_all_pairs_and_no_other(self) -> None:
         """The released code was off by one in this loop when it evaluated."""
         rng = random.Random(0)
@@ -66,6 +67,9 @@ class TestComparisons:
             Comparison(0, 2),
             Comparison(1, 2),
         )
+
+    def test_ranks_decide_and_no_margin_is_negative(self) -> None:
+        assert comparisons([1, 2], scores=[0.0, 1.0], margin=1.0) == (Comparison(0, 1, margin=0.0),)
 
     @pytest.mark.parametrize("bad", ["1", True, float("nan"), [1]])
     def test_entries_are_numbers(self, bad: Any) -> None:
@@ -157,16 +161,19 @@ class TestLayouts:
         assert pairs(ranking.comparisons) == {(0, 1), (0, 2), (2, 1)}
         assert sorted(c.margin for c in ranking.comparisons) == [0.25, 0.25, 0.5]
 
+    @pytest.mark.smoke
     def test_pairs_of_texts(self, tmp_path: Path) -> None:
         """RewardBench: a category column by name; a text that is also JSON stays a text."""
         rows = [
             {"prompt": "A list?", "chosen": "[1, 2]", "rejected": '{"a": 1}', "subset": "code", "chosen_model": "m"},
             {"prompt": "[3]", "chosen": "yes", "rejected": "no", "subset": "chat", "chosen_model": "m"},
+            {"prompt": "Go on", "chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "z", "subset": "chat"},
         ]
-        first, second = read(tmp_path / "rb.jsonl", rows, category="subset")
+        first, second, third = read(tmp_path / "rb.jsonl", rows, category="subset")
         assert (first.responses, first.category) == (("[1, 2]", '{"a": 1}'), "code")
         assert pairs(first.comparisons) == {(0, 1)}
         assert second.prompt == ({"role": "user", "content": "[3]"},)
+        assert third.responses[0] == "\n\nHuman: x\n\nAssistant: y", "there is a prompt, so this is the response"
 
     def test_several_of_each_side(self, tmp_path: Path) -> None:
         """RewardBench 2."""

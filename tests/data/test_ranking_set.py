@@ -133,6 +133,7 @@ class TestRankingSet:
         ]
         assert texts(tokenizer, second) == ["Hello!", "What?"]
 
+    @pytest.mark.smoke
     def test_by_capability(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Each has the responses that it compares and no other, and the number it was given."""
         views = {("sums", "brevity"): 3, ("sums", "tone"): 4, (None, "tone"): None}
@@ -155,7 +156,7 @@ class TestRankingSet:
         assert made.dropped == 1
         assert told(tokenizer, made[0]) == {("five", "6"), ("5", "no")}
         assert f"1 responses are longer than {longest - 1} tokens: left out" in caplog.text
-        assert RankingSet(RANKINGS, tokenizer, longest).dropped == 0
+        assert told(tokenizer, RankingSet(RANKINGS, tokenizer, longest)[0]) == told(tokenizer, whole[0])
         shortest = min(len(ids) for row in whole.rows for ids in row.input_ids)
         with pytest.raises(DataError, match=rf"max_length is 9 tokens.* 7 longer ones has {shortest}: raise it"):
             RankingSet(RANKINGS, tokenizer, 9)
@@ -208,6 +209,7 @@ class TestRankingCollator:
             ("5", "no", False, 0.5),
         ]
 
+    @pytest.mark.smoke
     def test_goes_into_the_loss(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Together two rankings cost the mean of what each costs alone, in whichever order they come."""
         made = RankingSet(RANKINGS, tokenizer, 999)
