@@ -24,6 +24,7 @@ from .data_config import MixtureData as MixtureData
 from .data_config import PreferenceColumns as PreferenceColumns
 from .data_config import PreferenceData as PreferenceData
 from .data_config import ReasoningGymData as ReasoningGymData
+from .data_config import SampledPreferenceData as SampledPreferenceData
 from .errors import ConfigError
 from .registry import EXPERTS, ROUTERS, TRAINERS, closest
 from .schema import Closed as Closed

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from .sampled_config import SampledPreferenceData as SampledPreferenceData
+from .sampled_config import SampledTasks as SampledTasks
 from .schema import Closed
 
 TaskType = Literal[0, 1]
@@ -230,7 +232,7 @@ class PreferenceColumns(Closed):
     Attributes:
         prompt: a text, a list of ``{role, content}``, or, with ``answers``, a list of what the user says. Pairs need
             none where ``chosen`` and ``rejected`` are whole conversations, as messages or as a text with
-            ``\n\nHuman:`` and ``\n\nAssistant:``: the turns before the last one are the prompt then.
+            ``\\n\\nHuman:`` and ``\\n\\nAssistant:``: the turns before the last one are the prompt then.
         answers: what the assistant answered to each of these but the last.
         responses: a list of texts. chosen, rejected: a text, a list of texts, or a conversation. response: a text.
         ranks: of the responses, smaller is better, null where nothing is known; or ``{pairs, ties, margins}``, see
@@ -289,4 +291,6 @@ class PreferenceData(TableData):
         return False
 
 
-DataConfig = Annotated[ReasoningGymData | DatasetData | MixtureData | PreferenceData, Field(discriminator="kind")]
+DataConfig = Annotated[
+    ReasoningGymData | DatasetData | MixtureData | PreferenceData | SampledPreferenceData, Field(discriminator="kind")
+]

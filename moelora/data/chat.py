@@ -119,6 +119,18 @@ class ChatFormat:
         return end
 
 
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
+    """Tokens at which an answer is over: the chat template's, the tokenizer's, the model's."""
+    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    # A template may end answers with several tokens, such as plain text; the first one alone is then no sign of an end.
+    if len(chat.end_ids) == 1:
+        stops.add(chat.end_ids[0])
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    stops.update(own if isinstance(own, list) else [own] if own is not None else [])
+    return sorted(stops)
+
+
 @dataclass(frozen=True)
 class TokenizedSet(Dataset[Row]):
     """Tokenised examples, for :class:`transformers.Trainer`.

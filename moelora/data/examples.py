@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..config import DatasetData, MixtureData, PreferenceData, ReasoningGymData
+from ..config import DatasetData, MixtureData, PreferenceData, ReasoningGymData, SampledPreferenceData
 from ..data_config import DataConfig
 from ..errors import ConfigError
 from . import gym, tables
@@ -48,11 +48,11 @@ def examples_only(config: DataConfig) -> ReasoningGymData | DatasetData | Mixtur
     Raises:
         ConfigError: it describes rankings, which have no answers to learn.
     """
-    if isinstance(config, PreferenceData):
+    if isinstance(config, PreferenceData | SampledPreferenceData):
         raise ConfigError(
-            "data.kind: preferences says which responses are better, and holds no answers to learn; trainer: {kind: "
-            "reward} takes it (moelora train dmoerm). To learn the better answers, read the file with data: {kind: "
-            "dataset} and name their column"
+            f"data.kind: {config.kind} says which responses are better, and holds no answers to learn; "
+            "trainer: {kind: reward} takes it (moelora train dmoerm). To learn the better answers, read the file with "
+            "data: {kind: dataset} and name their column"
         )
     return config
 
