@@ -7,7 +7,7 @@ Overoptimization" (ICLR, arXiv 2310.02743). One model is an ensemble of one, in 
 Pairwise losses fix neither the offset of a reward nor its scale. As they come out of training, the minimum would be
 mostly that of the model with the lowest offset, and the mean that of the one with the largest scale. Members can
 therefore be standardised: mean 0 and standard deviation 1 over the responses of given rankings, best not those that are
-evaluated.
+evaluated. A standardised reward is no log-odds any more, so its calibration says little.
 
 Shapes: M members, N responses.
 """
