@@ -97,10 +97,12 @@ _WORDS = {
 }
 _LABEL = r"(?:(?:the|my|final)\s+)*(?:answer|verdict|choice)\s*(?:is|:|=)\s*"
 _NOUN = "reply|response|answer|option|one"
+# "... is better on the point X than the other reply", and nothing that might turn it round.
+_POINT = r"(?:\s+on\s+(?:the|this)\s+point(?:\s+(?!(?:but|not|if|only|while|except|first|second)\b)\w+){0,6}?)?"
+_THAN = rf"(?:\s+(?:than|compared\s+to)\s+the\s+(?:first|second|other)(?:\s+(?:{_NOUN}))?)?"
+_BETTER = rf"(?:\s+is(?:\s+(?:indeed|clearly|slightly|much))?\s+better{_POINT}{_THAN})?"
 _SAYS = {
-    verdict: re.compile(
-        rf"(?:{_LABEL})?(?:the\s+)?(?:(?:{_NOUN})\s+)?(?:{words})(?:\s+(?:{_NOUN}))?(?:\s+is\s+better)?"
-    )
+    verdict: re.compile(rf"(?:{_LABEL})?(?:the\s+)?(?:(?:{_NOUN})\s+)?(?:{words})(?:\s+(?:{_NOUN}))?{_BETTER}")
     for verdict, words in _WORDS.items()
 }
 _LABELLED = re.compile(_LABEL)
@@ -112,10 +114,11 @@ def read_verdict(answer: str) -> Verdict:
     """What an answer says, or that it cannot be read; it is never guessed.
 
     Thoughts in ``<think>`` tags are dropped (all the rest, where they never end). Of what is left, the first line, the
-    last line, and every line that begins with "answer:", "verdict:" or the like may be the verdict: such a line counts
-    if the whole of it says one of the words asked for, or 1, 2, equal, tie, neither, both, as in "**First**", "reply 2"
-    or "The answer is: the second reply". Lines that say different things make the answer unreadable, and so does any
-    other sentence: "of the 2 replies, reply 1" and "the first is worse" are not taken apart.
+    last line, and every line that begins with "answer:", "verdict:" or the like may be the verdict. Such a line counts
+    if the whole of it says one of the words asked for, or 1, 2, equal, tie, neither, both, as in "**First**", "The
+    answer is: the second reply" or "The first reply is better on the point X than the second reply". Lines that say
+    different things make the answer unreadable, and so does any other sentence: "of the 2 replies, reply 1" and "the
+    first is worse" are not taken apart.
     """
     # An opening tag is often in the template, so that the answer holds the closing one alone.
     text = _THOUGHTS.sub("\n", answer).rpartition("</think>")[2]

@@ -26,6 +26,8 @@ PROMPT = ({"role": "user", "content": "What is 2 + 2?"},)
         ("The first is long, the second is right.\nSecond", Verdict.SECOND),
         ("<think>the first looks good\nfirst</think>\n\nsecond", Verdict.SECOND),
         ("the first looks good\nfirst\n</think>second", Verdict.SECOND),
+        ('The second reply is indeed better on the point "correctness" than the first reply.', Verdict.SECOND),
+        ("The first reply is better on this point", Verdict.FIRST),
         ("Tie", Verdict.SAME),
         ("neither", Verdict.SAME),
         ("\uff11", Verdict.FIRST),
@@ -53,6 +55,10 @@ def test_a_plain_verdict_is_read(answer: str, verdict: Verdict) -> None:
         "Verdict: the first, or rather the second\nfirst",
         "<think>first",
         "firstly",
+        "The first reply is better on style, but the second is right",
+        "The first reply is better on the point correctness but the second on depth",
+        "The first reply is better on this point if it is true",
+        "The first reply is not better than the second",
     ],
 )
 def test_anything_else_is_not_guessed(answer: str) -> None:
