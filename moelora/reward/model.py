@@ -10,7 +10,8 @@ Shapes: B texts, S tokens, V views, C capabilities of a category, T categories, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -38,7 +39,12 @@ class RewardModel(Scoring, MoELoRAModel):
     """A mixture whose forward is a reward.
 
     It has the interface of a sequence classifier with one label, ``logits`` (B, 1), which trainers of TRL expect of a
-    reward model.
+    reward model. As one of their ``reward_funcs`` it reads whole conversations, and wants its ``tokenizer`` among
+    their ``reward_processing_classes``; so does :meth:`reward_function`, which needs neither and also takes known
+    categories. TRL's ``RewardTrainer`` trains a single reward model, one without categories, like any other. With
+    categories each text goes to the experts of the category that the classifier tells; these, their heads and their
+    aggregator learn, together, and the classifier does not, since a choice has no gradient: the trainer ``reward``
+    is the one for such models.
 
     Attributes:
         reward: its configuration.
@@ -47,7 +53,10 @@ class RewardModel(Scoring, MoELoRAModel):
     def __init__(self, backbone: PreTrainedModel, adapter: Adapter, slot: RoutingSlot, reward: RewardConfig) -> None:
         super().__init__(backbone, adapter, slot)
         self.reward = reward
+        self._labels = cast(int, self.config.num_labels)
         self.config.num_labels = 1
+        # The Trainer's predictions are the rewards, and not what is said beside them.
+        self.config.keys_to_ignore_at_inference += [each.name for each in fields(RewardOutput)[2:]]
 
     @classmethod
     def attach(
@@ -119,6 +128,7 @@ class RewardModel(Scoring, MoELoRAModel):
 
     def unload(self) -> PreTrainedModel:
         backbone = super().unload()
+        self.config.num_labels = self._labels
         delattr(backbone, PARTS)
         return backbone
 
@@ -133,10 +143,15 @@ class RewardModel(Scoring, MoELoRAModel):
         view_ids: Tensor | None = None,
         states: Tensor | None = None,
         categorize: bool = False,
+        token_type_ids: Tensor | None = None,
+        margin: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> RewardOutput:
         """The rewards of texts: whole conversations that end with the response.
+
+        Without gradients the model is in evaluation mode, whatever :meth:`train` was called with: what asks for a
+        reward gets the same one each time.
 
         Args:
             input_ids, attention_mask: (B, S); padding may be on either side.
@@ -147,12 +162,25 @@ class RewardModel(Scoring, MoELoRAModel):
             states: (B, C, H) ask for the rewards that the aggregators of ``category_ids`` make of these states; those
                 beyond the capabilities of a category are not looked at.
             categorize: ask for the classifier's logits (B, T) instead.
-            use_cache, return_dict: of no effect; trainers give them.
+            token_type_ids, margin, use_cache, return_dict: of no effect; tokenizers and trainers give them.
 
         Raises:
             UserError: neither categories nor what they are told by.
         """
         self._check_checkpointing()
+        with nullcontext() if torch.is_grad_enabled() else self.evaluating():
+            return self._answer(input_ids, attention_mask, category_ids, prompt_lengths, view_ids, states, categorize)
+
+    def _answer(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        category_ids: Tensor | None,
+        prompt_lengths: Tensor | None,
+        view_ids: Tensor | None,
+        states: Tensor | None,
+        categorize: bool,
+    ) -> RewardOutput:
         if states is not None:
             return RewardOutput(logits=self._joined(states, category_ids).unsqueeze(-1))
         if input_ids is None:
@@ -181,7 +209,7 @@ class RewardModel(Scoring, MoELoRAModel):
     def route(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B,) the likeliest categories and (B,) their probabilities, with the fitted temperature.
+        """(B,) the likeliest categories and (B,) their probabilities, with the fitted temperature; without gradients.
 
         Without categories all are -1 with probability 1; one category alone needs no telling.
         """
@@ -189,7 +217,8 @@ class RewardModel(Scoring, MoELoRAModel):
         if count < 2:
             alone = torch.full((texts,), count - 1, dtype=torch.int64, device=input_ids.device)
             return alone, torch.ones(texts, device=input_ids.device)
-        logits = self._categories(input_ids, attention_mask, prompt_lengths) / self.parts.temperature
+        with torch.no_grad(), self.evaluating():
+            logits = self._categories(input_ids, attention_mask, prompt_lengths) / self.parts.temperature
         confidence, routed = logits.softmax(dim=-1).max(dim=-1)
         return routed, confidence
 

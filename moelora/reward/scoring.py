@@ -154,13 +154,15 @@ class Scoring(Saving):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the block the model is in evaluation mode."""
-        training = self.training
-        self.train(False)
+        """Within the block the model is in evaluation mode; each module is afterwards in the mode that it was in."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             yield
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
 
     def _known(self, categories: Sequence[str]) -> tuple[list[int], list[float]]:
         numbers = {GENERAL: -1, **{name: number for number, name in enumerate(self.reward.names)}}
