@@ -179,8 +179,13 @@ def _agrees(question: str) -> bool:
 
 
 class Questions(Closed):
-    """The part of a recipe that says what to ask."""
+    """The part of a recipe that says what to ask.
 
+    Attributes:
+        backbone: whose answers are ranked, where rankings are sampled.
+    """
+
+    backbone: BackboneConfig | None = None
     data: DataConfig | None = None
     max_length: int = 512
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import PreferenceData
+from ..config import PreferenceData, SampledPreferenceData
 from ..errors import ConfigError
 from .common import (
     AsJson,
@@ -147,10 +147,10 @@ def evaluate(
         other = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
         _refuse(other | {"--chat-template": chat_template}, "belongs to --tasks of lm-evaluation-harness: name some")
         questions = _questions(path, recipe, overrides, subfolder, preferences)
-        if isinstance(questions.data, PreferenceData):
+        if isinstance(questions.data, PreferenceData | SampledPreferenceData):
             _refuse(scored | {"--baseline": baseline, "--routing": routing}, "has no meaning for a reward model")
             load = partial(load_model, backbone=backbone, quantization=quantization)
-            return evaluate_rewards(path, questions.data, rewards, load, hub, as_json)
+            return evaluate_rewards(path, questions, rewards, load, hub, as_json)
         _refuse(rewards.given(), "is for reward models, and the data here are questions: name rankings: --preferences")
         asked = QuestionsAsked(load_questions(questions).test, score, limit, max_new_tokens, batch_size)
     _answer(path, load_model(path, backbone, quantization, hub), asked, baseline, routing, as_json)

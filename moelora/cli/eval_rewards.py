@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..config import Closed, DataConfig, PreferenceData, apply_overrides
+from ..config import BackboneConfig, Closed, DataConfig, PreferenceData, SampledPreferenceData, apply_overrides
 from ..errors import ConfigError, DataError
-from .common import print_json, print_lines, stderr
+from .common import Questions, print_json, print_lines, stderr
 from .eval_rewards_tables import show
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def preference_data(file: Path, overrides: Sequence[str]) -> PreferenceData:
 
 def evaluate_rewards(
     path: str,
-    data: PreferenceData,
+    questions: Questions,
     options: RewardOptions,
     load: Callable[..., MoELoRAModel],
     hub: Mapping[str, Any],
@@ -132,6 +132,7 @@ def evaluate_rewards(
     """Score rankings with the reward model at ``path`` and those beside it, and tell how well it went.
 
     Args:
+        questions: whose data are rankings, read or sampled.
         load: a checkpoint's model, by path and ``hub``; its revision and subfolder are those of ``path`` alone.
 
     Raises:
@@ -140,7 +141,12 @@ def evaluate_rewards(
     """
     from ..evaluation.reward_report import report, write
 
-    rankings, subsets = _limited(*_read(data, options.whole), options.limit)
+    subsets: list[str] | None = None
+    if isinstance(questions.data, PreferenceData):
+        rankings, subsets = _read(questions.data, options.whole)
+    else:
+        rankings = _sampled(Path(path) / (hub["subfolder"] or ""), questions)
+    rankings, subsets = _limited(rankings, subsets, options.limit)
     _check(rankings, options)
     beside = {**hub, "revision": None, "subfolder": None}
     scored = _score_all(path, rankings, options, lambda each: load(each, hub=hub if each == path else beside))
@@ -179,6 +185,27 @@ def _read(data: PreferenceData, whole: bool) -> tuple[list[Ranking], list[str] |
             "training; or name others with --preferences"
         )
     return test or train, None
+
+
+def _sampled(folder: Path, questions: Questions) -> list[Ranking]:
+    """The test rankings that were sampled when the reward model in ``folder`` was trained.
+
+    Nothing is sampled here: a checkpoint's recipe does not get to say which backbone is loaded.
+
+    Raises:
+        DataError: they are not there.
+    """
+    from ..data.sampled import Sampler
+
+    def missing() -> Any:
+        raise DataError(
+            f"{folder}: the answers that its recipe ranks are not all here, in sampled-test-*.jsonl: `moelora train` "
+            "samples them into its folder; copy that file here, or name other rankings with --preferences"
+        )
+
+    assert isinstance(questions.data, SampledPreferenceData)
+    backbone = questions.backbone or BackboneConfig()
+    return Sampler(questions.data, backbone, missing, folder).part("test")
 
 
 def _limited(

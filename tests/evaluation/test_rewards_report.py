@@ -257,6 +257,34 @@ def test_the_recipe_of_a_reward_model_says_what_was_held_out(
     assert code == 2 and "holds out no rankings" in " ".join(err.split()), err
 
 
+def test_sampled_rankings_are_those_of_the_training(run: Run, checkpoints: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    import moelora
+    from moelora.config import BackboneConfig, SampledPreferenceData
+    from moelora.data.sampled import Sampler
+
+    folder = tmp_path / "run"
+    shutil.copytree(checkpoints[0], folder)
+    group = {"tasks": ["chain_sum"], "capabilities": ["correctness", "brevity", "form"]}
+    section = {
+        "kind": "sampled_preferences",
+        "categories": {"sums": group},
+        "train_size": 2,
+        "test_size": 4,
+        "max_new_tokens": 5,
+    }
+    named = {"name": str(run.backbone), "quantization": None}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"backbone": named, "data": section}))
+    code, _, err = run(folder)
+    assert code == 2 and "are not all here, in sampled-test-*.jsonl" in " ".join(err.split()), err
+    backbone = BackboneConfig.parse(named)
+    data = SampledPreferenceData.parse(section)
+    rankings = Sampler(data, backbone, lambda: moelora.load_backbone(backbone), folder).part("test")
+    found = run.json(folder, "--best-of", "4")
+    assert found["rankings"] == len(rankings) > 0
+    assert list(found["models"]["run"]["accuracy"]["categories"]) == ["sums"]
+
+
 def test_subsets_are_averaged(run: Run, checkpoints: list[Path], tmp_path: Path) -> None:
     rows = [
         {"prompt": f"question {n}", "chosen": "yes" * (n + 1), "rejected": "no", "subset": subset}
