@@ -6,6 +6,7 @@ categories trains a single reward model, which has the first phase alone and all
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ from .reward_config import RewardTrainerConfig
 from .reward_phases import PHASES, LossOptions, part_of
 from .sft import SFTConfig
 from .staged import Staged
+
+logger = logging.getLogger(__name__)
 
 Rankings = tuple[list[Ranking], list[Ranking]]
 
@@ -123,6 +126,8 @@ class RewardRun(Staged):
         train, test = content
         model = cls.model_of(recipe)
         assert isinstance(model, RewardModel)
+        if config.remember_mib and model.remember(config.remember_mib * 2**20) is None:
+            logger.warning("remember_mib keeps nothing: the first layer has experts already; set mixture.sites.layers")
         parts = part_of(name, train, config.first_share, recipe.seed) if config.categories else (train, [])
         return RewardTrainer(
             model,

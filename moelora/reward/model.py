@@ -9,8 +9,8 @@ Shapes: B texts, S tokens, V views, C capabilities of a category, T categories, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, cast
@@ -28,9 +28,10 @@ from ..model import MoELoRAModel
 from ..parts import build_parts
 from ..slot import RoutingSlot
 from .config import GENERAL, OUTER, PARTS, RewardConfig
-from .parts import RewardParts
+from .lower import LowerStates
+from .parts import RewardParts, parts_on
 from .scoring import RewardOutput, Scoring
-from .stacked import last_states, last_token
+from .stacked import first_layer, last_states, last_token
 
 NO_CATEGORY = -1
 
@@ -47,8 +48,10 @@ class RewardModel(Scoring, MoELoRAModel):
     is the one for such models.
 
     Attributes:
-        reward: its configuration.
+        reward: its configuration. lower: see :meth:`remember`.
     """
+
+    lower: LowerStates | None = None
 
     def __init__(self, backbone: PreTrainedModel, adapter: Adapter, slot: RoutingSlot, reward: RewardConfig) -> None:
         super().__init__(backbone, adapter, slot)
@@ -56,7 +59,8 @@ class RewardModel(Scoring, MoELoRAModel):
         self._labels = cast(int, self.config.num_labels)
         self.config.num_labels = 1
         # The Trainer's predictions are the rewards, and not what is said beside them.
-        self.config.keys_to_ignore_at_inference += [each.name for each in fields(RewardOutput)[2:]]
+        beside = [each.name for each in fields(RewardOutput)[2:]]
+        self.config.keys_to_ignore_at_inference = [*self.config.keys_to_ignore_at_inference, *beside]
 
     @classmethod
     def attach(
@@ -83,7 +87,7 @@ class RewardModel(Scoring, MoELoRAModel):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         slot = RoutingSlot()
-        with _parts_on(backbone, reward):
+        with parts_on(backbone, reward):
             return cls(backbone, Adapter("default", mixture, build_parts(backbone, mixture, slot)), slot, reward)
 
     @classmethod
@@ -99,7 +103,7 @@ class RewardModel(Scoring, MoELoRAModel):
             )
         reward = RewardConfig.parse(stored.reward, where=f"{stored.folder}: reward")
         slot = RoutingSlot()
-        with _parts_on(backbone, reward):
+        with parts_on(backbone, reward):
             model = cls(backbone, read_adapter(stored, backbone, slot, adapter_name), slot, reward)
         model.train(False)
         return model
@@ -117,6 +121,33 @@ class RewardModel(Scoring, MoELoRAModel):
         if not isinstance(model, cls):
             raise CheckpointError(f"{path}: a mixture, but no reward model: load it with moelora.from_pretrained")
         return model
+
+    def remember(self, lower: LowerStates | int) -> LowerStates | None:
+        """Keep what the layers below the first with experts make of each text: they do not change, so that every
+        further pass over it, in training or scoring, begins above them.
+
+        Args:
+            lower: bytes to keep at most, 0 for none; or what another reward model has kept, whose experts were on the
+                same backbone above the same layer.
+
+        Returns:
+            What is kept; ``None`` where the first layer has experts already: nothing is kept then. Gradient
+            checkpointing needs the inputs of all layers, and does without.
+
+        Raises:
+            ConfigError: what was kept is of another backbone or layer.
+        """
+        first = first_layer(self)
+        if isinstance(lower, LowerStates):
+            if lower.backbone is not self.backbone or lower.layer != first:
+                raise ConfigError(
+                    f"these states enter {lower.layer!r} of another backbone or mixture; here the first layer with "
+                    f"experts is {first!r}: keep new ones"
+                )
+            self.lower = lower
+        else:
+            self.lower = LowerStates(self.backbone, first, lower) if lower and first is not None else None
+        return self.lower
 
     @property
     def parts(self) -> RewardParts:
@@ -305,18 +336,3 @@ class RewardModel(Scoring, MoELoRAModel):
     def _asked(self, category: str | None) -> list[str]:
         """The views that a text of a category is looked at under; ``None`` for the general expert."""
         return [GENERAL] if category is None else self.reward.capability_views(category)
-
-
-@contextmanager
-def _parts_on(backbone: PreTrainedModel, reward: RewardConfig) -> Iterator[None]:
-    """Give the backbone the small modules, which the mixture then trains whole; take them away after an error."""
-    if hasattr(backbone, PARTS):
-        raise ConfigError(f"this backbone has a module {PARTS!r} of its own: take another")
-    device = next(backbone.parameters()).device
-    width = backbone.config.get_text_config().hidden_size
-    backbone.add_module(PARTS, RewardParts(reward, width).to(device))
-    try:
-        yield
-    except BaseException:
-        delattr(backbone, PARTS)
-        raise

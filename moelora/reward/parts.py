@@ -5,12 +5,16 @@ Shapes: B texts, C capabilities of a category, H width of the hidden states, T c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .config import OUTER, RewardConfig
+from ..errors import ConfigError
+from .config import OUTER, PARTS, RewardConfig
 
 
 class MLPAggregator(nn.Module):
@@ -91,3 +95,18 @@ class RewardParts(nn.Module):
     def forward(self) -> None:
         """Not a step of the backbone: a reward model calls the parts one by one."""
         raise NotImplementedError("the modules of a reward model are called one by one")
+
+
+@contextmanager
+def parts_on(backbone: PreTrainedModel, reward: RewardConfig) -> Iterator[None]:
+    """Give the backbone the small modules, which the mixture then trains whole; take them away after an error."""
+    if hasattr(backbone, PARTS):
+        raise ConfigError(f"this backbone has a module {PARTS!r} of its own: take another")
+    device = next(backbone.parameters()).device
+    width = backbone.config.get_text_config().hidden_size
+    backbone.add_module(PARTS, RewardParts(reward, width).to(device))
+    try:
+        yield
+    except BaseException:
+        delattr(backbone, PARTS)
+        raise

@@ -140,8 +140,11 @@ class Scoring(Saving):
         lengths = []
         for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
             real: list[int] = ids[mask].tolist()
+            # The last of them may be one with the beginning of the answer: SmolLM2 has a token for two newlines.
+            header = start[:-1] or start
             places = range(len(real) - len(start), -1, -1)
-            lengths.append(next((at + len(start) for at in places if real[at : at + len(start)] == start), len(real)))
+            found = (at + len(start) for at in places if real[at : at + len(header)] == header)
+            lengths.append(next(found, len(real)))
         return torch.tensor(lengths, device=input_ids.device)
 
     # -- how -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Shapes: B texts, S tokens, M rows, which is texts times views, H width of the hi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MoELoRAModel
+from .lower import LowerStates
 
 
 def last_states(
@@ -31,14 +32,18 @@ def last_states(
         rows: (M,) which text each row is; ``None`` means every text once. views: (M,) int64, under which view.
     """
     position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-    first = None if rows is None or _checkpoints(model) else first_layer(model)
+    lower: LowerStates | None = getattr(model, "lower", None)
+    first = None if (rows is None and lower is None) or _checkpoints(model) else first_layer(model)
+    entering = None if lower is None or first is None else lower(input_ids, attention_mask)
     if rows is not None and first is None:
         input_ids, attention_mask, position_ids = (t[rows] for t in (input_ids, attention_mask, position_ids))
         rows = None
     body: Any = model.backbone.base_model
     whole = model.slot.context
     known = replace(whole, request_ids=views if rows is None else None)
-    with model._passes.whole(), model.slot.using(known), _repeating(model, first, rows, views, attention_mask):
+    skipping = nullcontext() if lower is None or entering is None else lower.skipping()
+    repeating = _repeating(model, first, rows, views, attention_mask, entering)
+    with model._passes.whole(), model.slot.using(known), skipping, repeating:
         output = body(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
     states: Tensor = output.last_hidden_state
     last = last_token(attention_mask)
@@ -72,10 +77,19 @@ def _checkpoints(model: MoELoRAModel) -> bool:
 
 @contextmanager
 def _repeating(
-    model: MoELoRAModel, first: str | None, rows: Tensor | None, views: Tensor, attention_mask: Tensor
+    model: MoELoRAModel,
+    first: str | None,
+    rows: Tensor | None,
+    views: Tensor,
+    attention_mask: Tensor,
+    entering: Tensor | None,
 ) -> Iterator[None]:
-    """Within the block the layer ``first`` and those above it see a row for each text and view."""
-    if first is None or rows is None:
+    """Within the block the layer ``first`` and those above it see a row for each text and view.
+
+    Args:
+        entering: (B, S, H) what ``first`` sees in place of what the layers below give.
+    """
+    if first is None:
         yield
         return
     stack, _, number = first.rpartition(".")
@@ -87,7 +101,7 @@ def _repeating(
         """What has a row for each text has one for each row; once for all layers, which are given the same masks."""
         if isinstance(value, tuple):
             return tuple(repeat(each) for each in value)
-        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != texts:
+        if rows is None or not isinstance(value, Tensor) or value.dim() < 2 or len(value) != texts:
             return value
         if id(value) not in repeated:
             repeated[id(value)] = (value, value[rows.to(value.device)])
@@ -95,7 +109,9 @@ def _repeating(
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, *others = args
-        if layer is layers[0]:
+        if layer is layers[0] and entering is not None:
+            hidden = entering.to(hidden)
+        if layer is layers[0] and rows is not None:
             hidden = hidden[rows.to(hidden.device)]
             mask = attention_mask[rows].bool()
             model.slot.context = replace(model.slot.context, request_ids=views, token_mask=mask)

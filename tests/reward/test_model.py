@@ -313,3 +313,20 @@ def test_unloaded_the_backbone_is_itself_again() -> None:
     plain, model = build_backbone(), build_reward()
     backbone = model.unload()
     assert set(backbone.state_dict()) == set(plain.state_dict()) and not hasattr(backbone, "reward")
+
+
+def test_an_answer_whose_first_token_is_one_with_the_header_is_found() -> None:
+    """The last token of the header is another one there; how many come before the answer is the same."""
+    model = build_reward()
+    write = model.tokenizer.apply_chat_template
+    ids = [
+        i
+        for r in ("one", "two")
+        for i in write([{"role": "user", "content": r}], add_generation_prompt=True)["input_ids"]
+    ]
+    start = len(ids)
+    for last in (ids[-1], 9):
+        tokens = torch.tensor([[*ids[:-1], last, 30, 31, 32]])
+        assert model.prompt_lengths(tokens, torch.ones_like(tokens)).tolist() == [start]
+    bare = torch.tensor([[30, 31, 32]])
+    assert model.prompt_lengths(bare, torch.ones_like(bare)).tolist() == [3]
