@@ -179,15 +179,22 @@ def _agrees(question: str) -> bool:
 
 
 class Questions(Closed):
-    """The part of a recipe that says what to ask.
+    """The part of a recipe that says what to ask."""
 
-    Attributes:
-        backbone: whose answers are ranked, where rankings are sampled.
-    """
-
-    backbone: BackboneConfig | None = None
     data: DataConfig | None = None
     max_length: int = 512
+
+
+def recipe_values(path: str, recipe: str | None, subfolder: str | None = None) -> tuple[dict[str, Any], str]:
+    """What the recipe of a checkpoint holds, or the one that is named instead, and where that is from.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    beside = Path(path) / (subfolder or "") / RECIPE_FILE
+    if recipe is not None:
+        return load_recipe(recipe).to_dict(), recipe
+    return (read_mapping(beside), str(beside)) if beside.is_file() else ({}, path)
 
 
 def read_questions(
@@ -198,13 +205,7 @@ def read_questions(
     Raises:
         ConfigError: there is none, or it does not hold together.
     """
-    beside = Path(path) / (subfolder or "") / RECIPE_FILE
-    if recipe is not None:
-        values, where = load_recipe(recipe).to_dict(), recipe
-    elif beside.is_file():
-        values, where = read_mapping(beside), str(beside)
-    else:
-        values, where = {}, path
+    values, where = recipe_values(path, recipe, subfolder)
     chosen = {name: values[name] for name in Questions.model_fields if name in values}
     questions = Questions.parse(apply_overrides(chosen, overrides or ()), where=where)
     if questions.data is None:

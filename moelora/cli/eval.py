@@ -133,7 +133,7 @@ def evaluate(
     """
     hub = hub_options(revision, subfolder, token, cache_dir, local_files_only)
     rewards = RewardOptions(
-        preferences is not None, ensemble or (), standardise, given_categories, best_of, out, limit, batch_size
+        preferences is not None, recipe, ensemble or (), standardise, given_categories, best_of, out, limit, batch_size
     )
     scored = {f"--score {score}": score is not Score.GENERATE}
     asked: HarnessAsked | QuestionsAsked
@@ -150,7 +150,7 @@ def evaluate(
         if isinstance(questions.data, PreferenceData | SampledPreferenceData):
             _refuse(scored | {"--baseline": baseline, "--routing": routing}, "has no meaning for a reward model")
             load = partial(load_model, backbone=backbone, quantization=quantization)
-            return evaluate_rewards(path, questions, rewards, load, hub, as_json)
+            return evaluate_rewards(path, questions.data, rewards, load, hub, as_json)
         _refuse(rewards.given(), "is for reward models, and the data here are questions: name rankings: --preferences")
         asked = QuestionsAsked(load_questions(questions).test, score, limit, max_new_tokens, batch_size)
     _answer(path, load_model(path, backbone, quantization, hub), asked, baseline, routing, as_json)

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ..config import BackboneConfig, Closed, DataConfig, PreferenceData, SampledPreferenceData, apply_overrides
 from ..errors import ConfigError, DataError
-from .common import Questions, print_json, print_lines, stderr
+from .common import print_json, print_lines, recipe_values, stderr
 from .eval_rewards_tables import show
 
 if TYPE_CHECKING:
@@ -80,9 +80,11 @@ class RewardOptions:
 
     Attributes:
         whole: the data are there to judge on, so all of them may be taken; else what is held out from training.
+        recipe: that names the data and the backbone, instead of the checkpoint's own.
     """
 
     whole: bool
+    recipe: str | None
     ensemble: Sequence[str]
     standardise: Path | None
     given_categories: bool
@@ -123,7 +125,7 @@ def preference_data(file: Path, overrides: Sequence[str]) -> PreferenceData:
 
 def evaluate_rewards(
     path: str,
-    questions: Questions,
+    data: PreferenceData | SampledPreferenceData,
     options: RewardOptions,
     load: Callable[..., MoELoRAModel],
     hub: Mapping[str, Any],
@@ -132,7 +134,6 @@ def evaluate_rewards(
     """Score rankings with the reward model at ``path`` and those beside it, and tell how well it went.
 
     Args:
-        questions: whose data are rankings, read or sampled.
         load: a checkpoint's model, by path and ``hub``; its revision and subfolder are those of ``path`` alone.
 
     Raises:
@@ -142,10 +143,12 @@ def evaluate_rewards(
     from ..evaluation.reward_report import report, write
 
     subsets: list[str] | None = None
-    if isinstance(questions.data, PreferenceData):
-        rankings, subsets = _read(questions.data, options.whole)
+    if isinstance(data, PreferenceData):
+        rankings, subsets = _read(data, options.whole)
     else:
-        rankings = _sampled(Path(path) / (hub["subfolder"] or ""), questions)
+        values, where = recipe_values(path, options.recipe, hub["subfolder"])
+        backbone = BackboneConfig.parse(values.get("backbone", {}), where=where)
+        rankings = _sampled(Path(path) / (hub["subfolder"] or ""), data, backbone)
     rankings, subsets = _limited(rankings, subsets, options.limit)
     _check(rankings, options)
     beside = {**hub, "revision": None, "subfolder": None}
@@ -187,7 +190,7 @@ def _read(data: PreferenceData, whole: bool) -> tuple[list[Ranking], list[str] |
     return test or train, None
 
 
-def _sampled(folder: Path, questions: Questions) -> list[Ranking]:
+def _sampled(folder: Path, data: SampledPreferenceData, backbone: BackboneConfig) -> list[Ranking]:
     """The test rankings that were sampled when the reward model in ``folder`` was trained.
 
     Nothing is sampled here: a checkpoint's recipe does not get to say which backbone is loaded.
@@ -203,9 +206,7 @@ def _sampled(folder: Path, questions: Questions) -> list[Ranking]:
             "samples them into its folder; copy that file here, or name other rankings with --preferences"
         )
 
-    assert isinstance(questions.data, SampledPreferenceData)
-    backbone = questions.backbone or BackboneConfig()
-    return Sampler(questions.data, backbone, missing, folder).part("test")
+    return Sampler(data, backbone, missing, folder).part("test")
 
 
 def _limited(
