@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 Part = Literal["train", "test"]
 Load = Callable[[], tuple[Any, PreTrainedTokenizerBase]]
 Rows = list[dict[str, Any]]
+SHOWN = 2_000_003  # added to the seed, for worked examples
 # What the answers do not depend on: how they are judged, and how many questions the other part has.
 JUDGING = {"property_weight", "categories", "train_size", "test_size", "kind"}
 
@@ -66,21 +67,15 @@ class Sampler:
         return self.part("train"), self.part("test")
 
     def part(self, part: Part) -> list[Ranking]:
-        """The rankings of one part, in the order of its questions, sampled where that is still to be done.
+        """The rankings of one part, as :meth:`judged` gives them, less those that say nothing.
 
-        A question whose answers all have the same gold score says nothing and is left out; how many is logged.
+        A question whose answers all have the same gold score is left out; how many is logged.
 
         Raises:
             DataError: a task or option is refused, or no question is left.
             CheckpointError: the file cannot be written.
         """
-        questions = self._questions(part)
-        path = self.folder / f"sampled-{part}-{self._hash(part)}.jsonl"
-        rows = self._sample(questions, path)
-        rankings = [
-            self._ranking(question, row, f"{path.name}, question {number}")
-            for number, (question, row) in enumerate(zip(questions, rows, strict=True), start=1)
-        ]
+        rankings = self.judged(part)
         kept = [ranking for ranking in rankings if any(not each.tie for each in ranking.comparisons)]
         if len(kept) < len(rankings):
             logger.info(
@@ -91,12 +86,31 @@ class Sampler:
             )
         if not kept:
             raise DataError(
-                f"{path}: to each of {len(rankings)} questions all answers are as good, so there is nothing to rank: "
-                "take other tasks or options, or raise temperatures"
+                f"{self._path(part)}: to each of {len(rankings)} questions all answers are as good, so there is "
+                "nothing to rank: take other tasks or options, or raise temperatures"
             )
         return kept
 
-    def _questions(self, part: Part) -> list[Example]:
+    def judged(self, part: Part) -> list[Ranking]:
+        """All answers of one part, in the order of its questions, sampled where that is still to be done.
+
+        Raises:
+            DataError: a task or option is refused.
+            CheckpointError: the file cannot be written.
+        """
+        questions, path = self.questions(part), self._path(part)
+        rows = self._sample(questions, path)
+        return [
+            self._ranking(question, row, f"{path.name}, question {number}")
+            for number, (question, row) in enumerate(zip(questions, rows, strict=True), start=1)
+        ]
+
+    def questions(self, part: Part) -> list[Example]:
+        """The questions of one part.
+
+        Raises:
+            DataError: a task or option is refused.
+        """
         config = self.config
         tasks = {task: options for group in config.categories.values() for task, options in group.tasks.items()}
         plan = ReasoningGymData(
@@ -109,6 +123,21 @@ class Sampler:
         )
         splits = gym.generate(plan)
         return splits.train if part == "train" else splits.test
+
+    def _path(self, part: Part) -> Path:
+        return self.folder / f"sampled-{part}-{self._hash(part)}.jsonl"
+
+    def _asked(self, question: Example) -> Example:
+        """The question as it is put to the model, below worked examples of its task."""
+        wanted = self.config.worked_examples
+        if not wanted:
+            return question
+        candidates = _examples(question.task, json.dumps(question.options), wanted * gym.DRAWS, self.config.seed)
+        shown = [
+            f"Question: {asked}\nAnswer: {answer}" for asked, answer in candidates if asked != _line(question.prompt)
+        ]
+        prompt = "\n".join([*shown[:wanted], f"Question: {_line(question.prompt)}", "Answer:"])
+        return replace(question, prompt=prompt)
 
     def _hash(self, part: Part) -> str:
         config = self.config
@@ -142,7 +171,9 @@ class Sampler:
         with bars.tqdm(total=len(questions), initial=len(done), desc=f"Sampling {path.stem}", unit="question") as bar:
             for start in range(len(done), len(questions), size):
                 batch = questions[start : start + size]
-                answers = self._answers(model, tokenizer, [chat.prompt_ids(each) for each in batch], stops, start)
+                answers = self._answers(
+                    model, tokenizer, [chat.prompt_ids(self._asked(each)) for each in batch], stops, start
+                )
                 done += [
                     {"question": question.prompt, "answers": each}
                     for question, each in zip(batch, answers, strict=True)
@@ -256,6 +287,17 @@ def _others(values: dict[str, list[float]], place: int) -> float:
 def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
     score: Callable[[str, dict[str, Any]], float] = gym.gym_dataset(task, json.loads(options)).score_answer
     return score
+
+
+@cache
+def _examples(task: str, options: str, count: int, seed: int) -> tuple[tuple[str, str], ...]:
+    """Different questions of a task, each in one line, with their answers."""
+    source = gym.gym_dataset(task, json.loads(options), count, seed + SHOWN)
+    return tuple({_line(source[place]["question"]): str(source[place]["answer"]) for place in range(count)}.items())
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _stored(path: Path, questions: Sequence[str]) -> Rows:

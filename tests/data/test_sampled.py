@@ -136,6 +136,22 @@ def test_cold_answers_are_the_greedy_ones_of_each_question_alone(
     assert any(answers[0] != answers[1] for answers in found)
 
 
+def test_worked_examples_are_shown_to_the_model_and_never_the_question_itself(
+    llama: LlamaForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+    group = {"all": {"tasks": tasks, "capabilities": ["form"]}}
+    made = sampler(llama, byte_tokenizer, tmp_path, categories=group, worked_examples=2, train_size=40)
+    for question in made._questions("train"):
+        *shown, asked, last = made._asked(question).prompt.split("\n")
+        assert len(shown) == 4
+        assert last == "Answer:"
+        assert asked == f"Question: {question.prompt}"
+        assert asked not in shown
+    for ranking in made.part("test"):
+        assert "Question:" not in ranking.prompt[-1]["content"]
+
+
 def test_rankings_follow_from_the_properties(
     llama: LlamaForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -155,8 +171,12 @@ def test_rankings_follow_from_the_properties(
 def test_questions_without_a_better_answer_are_left_out(
     llama: LlamaForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
+    alike = sampler(llama, byte_tokenizer, tmp_path, temperatures=(1e-6, 1e-6))
     with pytest.raises(DataError, match="to each of 4 questions all answers are as good"):
-        sampler(llama, byte_tokenizer, tmp_path, temperatures=(1e-6, 1e-6)).part("test")
+        alike.part("test")
+    judged = alike.judged("test")
+    assert [ranking.prompt[-1]["content"] for ranking in judged] == [each.prompt for each in alike.questions("test")]
+    assert all(len(set(ranking.scores or ())) == 1 for ranking in judged)
 
 
 def test_a_file_that_does_not_fit_is_refused(
@@ -222,6 +242,7 @@ def value(name: str, text: str, right: str, *, ended: bool = True, prompt: str =
         ("correctness", "2 + 3 = 5", "5", 1),
         ("correctness", "5 is what I think, or 6", "5", 0),
         ("correctness", 'Backward it is "nus".', "nus", 1),
+        ("correctness", "Yes, since it follows.", "Yes", 1),
         ("correctness", "", "5", 0),
         ("closeness", "it is 5", "5", 1),
         ("closeness", "it is 6", "5", 1 / 2),
