@@ -53,6 +53,8 @@ class SampledPreferenceData(Closed):
         categories: groups of tasks, by name.
         train_size, test_size: questions of each task. No question is in both.
         temperatures: of each answer to a question: as many answers as entries.
+        worked_examples: other questions of the task, with answers, that the model is shown before each question. The
+            rankings have the question alone.
         top_p: of nucleus sampling. max_new_tokens: of an answer; a longer one is cut off, which ``form`` counts.
         property_weight: what all properties but correctness count together.
         batch_size: questions that are answered together. Answers depend on it.
@@ -65,6 +67,7 @@ class SampledPreferenceData(Closed):
     train_size: Annotated[int, Field(gt=0)] = 24
     test_size: Annotated[int, Field(gt=0)] = 12
     temperatures: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=2)] = (0.7, 0.7, 1.2, 1.2)
+    worked_examples: Annotated[int, Field(ge=0)] = 2
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_new_tokens: Annotated[int, Field(gt=0)] = 24
     property_weight: Annotated[float, Field(ge=0)] = 0.25

@@ -47,10 +47,15 @@ class Property:
 
 
 def candidates(text: str) -> list[str]:
-    """The text, and what in its last line may be meant as the answer: what follows "is", ":" or "=", a number."""
+    """The text and what in it may be meant as the answer.
+
+    That is how it begins ("Yes, because ..."), its last line, and in that what follows "is", ":" or "=", and the last
+    number.
+    """
     lines = [line for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
-    found = [text, last, LEAD.split(last)[-1], *NUMBER.findall(last)[-1:]]
+    first = re.split(r"[,.;:\n]", text, maxsplit=1)[0]
+    found = [text, first, last, LEAD.split(last)[-1], *NUMBER.findall(last)[-1:]]
     stripped = [each.strip(AROUND) for each in found]
     return list(dict.fromkeys([*stripped, *(each.rstrip(AROUND + ".!") for each in stripped)]))
 

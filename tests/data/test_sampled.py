@@ -142,7 +142,7 @@ def test_worked_examples_are_shown_to_the_model_and_never_the_question_itself(
     tasks = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
     group = {"all": {"tasks": tasks, "capabilities": ["form"]}}
     made = sampler(llama, byte_tokenizer, tmp_path, categories=group, worked_examples=2, train_size=40)
-    for question in made._questions("train"):
+    for question in made.questions("train"):
         *shown, asked, last = made._asked(question).prompt.split("\n")
         assert len(shown) == 4
         assert last == "Answer:"
