@@ -128,16 +128,18 @@ class Sampler:
         return self.folder / f"sampled-{part}-{self._hash(part)}.jsonl"
 
     def _asked(self, question: Example) -> Example:
-        """The question as it is put to the model, below worked examples of its task."""
+        """The question as it is put to the model, after worked examples of its task as earlier turns."""
         wanted = self.config.worked_examples
         if not wanted:
             return question
         candidates = _examples(question.task, json.dumps(question.options), wanted * gym.DRAWS, self.config.seed)
-        shown = [
-            f"Question: {asked}\nAnswer: {answer}" for asked, answer in candidates if asked != _line(question.prompt)
+        others = [pair for pair in candidates if pair[0] != question.prompt][:wanted]
+        turns = [
+            {"role": role, "content": content}
+            for pair in (*others, (question.prompt, ""))
+            for role, content in zip(("user", "assistant"), pair, strict=True)
         ]
-        prompt = "\n".join([*shown[:wanted], f"Question: {_line(question.prompt)}", "Answer:"])
-        return replace(question, prompt=prompt)
+        return replace(question, messages=tuple(turns))
 
     def _hash(self, part: Part) -> str:
         config = self.config
@@ -291,13 +293,11 @@ def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
 
 @cache
 def _examples(task: str, options: str, count: int, seed: int) -> tuple[tuple[str, str], ...]:
-    """Different questions of a task, each in one line, with their answers."""
+    """Different questions of a task, with their answers."""
     source = gym.gym_dataset(task, json.loads(options), count, seed + SHOWN)
-    return tuple({_line(source[place]["question"]): str(source[place]["answer"]) for place in range(count)}.items())
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
+    return tuple(
+        {str(source[place]["question"]).strip(): str(source[place]["answer"]) for place in range(count)}.items()
+    )
 
 
 def _stored(path: Path, questions: Sequence[str]) -> Rows:

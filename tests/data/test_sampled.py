@@ -143,13 +143,13 @@ def test_worked_examples_are_shown_to_the_model_and_never_the_question_itself(
     group = {"all": {"tasks": tasks, "capabilities": ["form"]}}
     made = sampler(llama, byte_tokenizer, tmp_path, categories=group, worked_examples=2, train_size=40)
     for question in made.questions("train"):
-        *shown, asked, last = made._asked(question).prompt.split("\n")
+        *shown, asked, last = made._asked(question).messages
         assert len(shown) == 4
-        assert last == "Answer:"
-        assert asked == f"Question: {question.prompt}"
+        assert all(message["content"] for message in shown)
+        assert (asked["content"], last["content"]) == (question.prompt, "")
         assert asked not in shown
     for ranking in made.part("test"):
-        assert "Question:" not in ranking.prompt[-1]["content"]
+        assert [message["role"] for message in ranking.prompt] == ["system", "user"]
 
 
 def test_rankings_follow_from_the_properties(
