@@ -116,7 +116,8 @@ class Study:
                 "test_size": test_size,
             }
         )
-        return cls(folder, recipe, data, moelora.RewardModel.from_pretrained(reward))
+        model = moelora.RewardModel.from_pretrained(reward, backbone=recipe.backbone.name)
+        return cls(folder, recipe, data, model)
 
     @cached_property
     def policy(self) -> moelora.MoELoRAModel:
