@@ -121,6 +121,10 @@ class MoELoRAModel(Recomputing):
         """Print :meth:`trainable_report`."""
         print(self.trainable_report())
 
+    def used_outside(self) -> Iterator[nn.Parameter]:
+        """Parameters that the model's own forward uses without calling their modules."""
+        return iter(())
+
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(

@@ -81,7 +81,10 @@ def _whole(tensor: Tensor) -> Tensor:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    try:
+        master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    except KeyError:  # ZeRO-3 does not know it: it stayed as it was in this run, and may move in another
+        master = None
     if master is not None:
         found: Tensor = master.detach().view(whole_shape(tensor)).to("cpu", torch.float32)
         return found
@@ -91,6 +94,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def gather_with_containers(model: MoELoRAModel) -> None:
     """Let ZeRO-3 gather all parameters below a container before its forward and its backward.
+
+    So it does for those that the model uses itself, such as the heads of a reward model.
 
     A container uses those of its bank and its router itself, without calling their modules. They are not made one leaf
     of ZeRO-3: it would take their gradients for complete as soon as that of the container's input is, which is too
@@ -110,6 +115,8 @@ def gather_with_containers(model: MoELoRAModel) -> None:
             )
         for parameter in container.parameters():
             register_external_parameter(container, parameter)
+    for parameter in model.used_outside():
+        register_external_parameter(model, parameter)
 
 
 def refuse_foreign_state(folder: Path, run_dir: Path, processes: int) -> None:

@@ -9,7 +9,7 @@ Shapes: B texts, S tokens, V views, C capabilities of a category, T categories, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters import Adapter, read_adapter
@@ -153,6 +153,9 @@ class RewardModel(Scoring, MoELoRAModel):
     def parts(self) -> RewardParts:
         """Heads, aggregators and classifier."""
         return cast(RewardParts, self.saved_modules()[PARTS].trained)
+
+    def used_outside(self) -> Iterator[nn.Parameter]:
+        return self.parts.parameters()
 
     def sections(self) -> dict[str, Any]:
         return {"reward": self.reward.to_dict()}
@@ -300,10 +303,12 @@ class RewardModel(Scoring, MoELoRAModel):
         """(B,) the states of each text by the aggregator of its category."""
         if category_ids is None:
             raise UserError("states are joined by the aggregator of a category: give category_ids")
+        most = max(len(self.reward.capabilities(name)) for name in self.reward.names)
+        states_BCH = F.pad(states_BCH, (0, 0, 0, most - states_BCH.shape[1]))
         rewards = states_BCH.new_empty(len(states_BCH))
-        for number in category_ids.unique().tolist():
-            own, name = (category_ids == number).nonzero().squeeze(-1), self.reward.names[number]
-            count = len(self.reward.capabilities(name))
+        # Also those of categories without a text here: other processes may have some, and all wait for the same ones.
+        for number, name in enumerate(self.reward.names):
+            own, count = (category_ids == number).nonzero().squeeze(-1), len(self.reward.capabilities(name))
             rewards = rewards.index_copy(0, own, self._aggregate(states_BCH[own, :count], name))
         return rewards
 

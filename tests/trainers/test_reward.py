@@ -11,57 +11,21 @@ from typing import Any
 import pytest
 import torch
 from reward.reward_made import CATEGORIES, TEMPLATE, build_backbone, build_reward
+from reward_runs import rankings, reward_trainer
 from torch.nn.functional import logsigmoid
-from transformers import TrainingArguments
 
 from moelora.config import Recipe
-from moelora.data.preferences import Comparison, Ranking, comparisons, write_rankings
+from moelora.data.preferences import Comparison, Ranking, write_rankings
 from moelora.errors import ConfigError, DataError, TrainingError
 from moelora.reward.calibration import fit_temperature
 from moelora.reward.model import RewardModel
 from moelora.reward.moving import only
-from moelora.trainers import RewardTrainer, TimeBudget
+from moelora.trainers import TimeBudget
 from moelora.trainers.reward import RewardRun
 from moelora.trainers.reward_config import RewardTrainerConfig
 from moelora.trainers.reward_phases import part_of
 
 Tensors = dict[str, torch.Tensor]
-
-
-def rankings(count: int = 12) -> list[Ranking]:
-    """Prompts of two categories with three responses each; capabilities order them otherwise than the whole does."""
-    made = []
-    for number in range(count):
-        name = ["sums", "letters"][number % 2]
-        prompt = f"{number} and {number}" if name == "sums" else "letters " + "abc" * (number + 1)
-        made.append(
-            Ranking(
-                prompt=({"role": "user", "content": prompt},),
-                responses=(f"{2 * number}", f"it is {number}, I think", "no"),
-                comparisons=comparisons([1, 2, 2 + number % 2]),
-                category=name,
-                capabilities={point: comparisons([3, 1 + place, 2]) for place, point in enumerate(CATEGORIES[name])},
-            )
-        )
-    return made
-
-
-def trainer(folder: Path, model: RewardModel, phase: str, **options: Any) -> RewardTrainer:
-    own = {"rankings", "eval_rankings", "label_smoothing", "center_coef", "held_out", "callbacks", "begin"}
-    given = {"rankings": rankings(), **{name: options.pop(name) for name in own & set(options)}}
-    defaults: dict[str, Any] = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    }
-    args = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-    return RewardTrainer(model, args, phase=phase, **given)
 
 
 def tensors(model: RewardModel) -> Tensors:
@@ -89,7 +53,7 @@ def moved(before: Tensors, after: Tensors) -> set[str]:
 def test_a_phase_moves_its_own_and_nothing_else(phase: str, base: str, tmp_path: Path) -> None:
     model = build_reward("1:", base=base)
     frozen = {n: p.clone() for n, p in model.backbone.named_parameters() if "lora" not in n and "reward" not in n}
-    runner = trainer(tmp_path, model, phase, per_device_train_batch_size=16)
+    runner = reward_trainer(tmp_path, model, phase, per_device_train_batch_size=16)
     before = tensors(model)  # after what a phase begins with
     runner.train()
     found = moved(before, tensors(model))
@@ -117,7 +81,7 @@ def test_what_moves_when_it_should_not_is_an_error() -> None:
 
 def test_the_aggregators_phase_gives_experts_no_gradient(tmp_path: Path) -> None:
     model = build_reward()
-    runner = trainer(tmp_path, model, "aggregate")
+    runner = reward_trainer(tmp_path, model, "aggregate")
     batch = runner.phase.collate([runner.train_dataset[i] for i in range(3)])
     loss, _ = runner.phase.loss(model, batch)
     loss.backward()
@@ -127,7 +91,7 @@ def test_the_aggregators_phase_gives_experts_no_gradient(tmp_path: Path) -> None
 
 def test_capability_heads_begin_as_copies_of_the_base_head(tmp_path: Path) -> None:
     model = build_reward(base="category")
-    trainer(tmp_path, model, "capability")
+    reward_trainer(tmp_path, model, "capability")
     heads: Any = model.parts.heads
     for category, points in CATEGORIES.items():
         for point in points:
@@ -141,7 +105,7 @@ def test_capability_heads_begin_as_copies_of_the_base_head(tmp_path: Path) -> No
 def test_the_loss_is_that_of_scores_one_by_one(phase: str, tmp_path: Path) -> None:
     """By hand: each response alone, under its view, in a loop over rankings and pairs."""
     model = build_reward("1:", base="category")
-    runner = trainer(tmp_path, model, phase, label_smoothing=0.1, center_coef=0.01)
+    runner = reward_trainer(tmp_path, model, phase, label_smoothing=0.1, center_coef=0.01)
     rows = [runner.train_dataset[i] for i in range(5)]
     loss, _ = runner.phase.loss(model, runner.phase.collate(rows))
     numbers = model.reward.numbers
@@ -166,7 +130,7 @@ def test_the_loss_is_that_of_scores_one_by_one(phase: str, tmp_path: Path) -> No
 
 def test_stored_states_are_those_of_the_forward(tmp_path: Path) -> None:
     model = build_reward("1:")
-    runner = trainer(tmp_path, model, "aggregate", rankings=rankings(6))
+    runner = reward_trainer(tmp_path, model, "aggregate", rankings=rankings(6))
     batch = runner.phase.collate([runner.train_dataset[i] for i in range(6)])
     with torch.no_grad():
         stored = model(states=batch["states"], category_ids=batch["category_ids"]).logits[:, 0]
@@ -180,7 +144,7 @@ def test_accumulation_is_one_step_of_the_whole(tmp_path: Path) -> None:
     found = []
     for accumulation in (1, 4):
         model = build_reward("1:")
-        trainer(
+        reward_trainer(
             tmp_path / str(accumulation),
             model,
             "base",
@@ -196,7 +160,9 @@ def test_accumulation_is_one_step_of_the_whole(tmp_path: Path) -> None:
 def test_all_phases_learn(tmp_path: Path) -> None:
     model = build_reward("1:")
     for phase, steps in (("base", 30), ("capability", 40), ("aggregate", 40), ("category", 30)):
-        runner = trainer(tmp_path / phase, model, phase, eval_rankings=rankings(), max_steps=steps, learning_rate=0.02)
+        runner = reward_trainer(
+            tmp_path / phase, model, phase, eval_rankings=rankings(), max_steps=steps, learning_rate=0.02
+        )
         runner.train()
         metrics = runner.evaluate()
         assert metrics["eval_accuracy"] == 1.0 or phase != "category"
@@ -250,7 +216,7 @@ def test_a_few_prompts_that_are_all_right_are_no_certainty() -> None:
 
 def test_the_temperature_is_fitted_to_prompts_held_out(tmp_path: Path) -> None:
     model = build_reward()
-    runner = trainer(tmp_path, model, "category", rankings=rankings(16), held_out=rankings(24)[16:])
+    runner = reward_trainer(tmp_path, model, "category", rankings=rankings(16), held_out=rankings(24)[16:])
     runner.train()
     metrics = runner.finish()
     assert metrics["category_temperature"] == pytest.approx(float(model.parts.temperature)) != 1.0
@@ -362,11 +328,13 @@ def test_options_that_do_not_hold(options: dict[str, Any], message: str) -> None
 
 def test_arguments_that_do_not_hold(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'aggregate'"):
-        trainer(tmp_path, build_reward(), "aggregat")
+        reward_trainer(tmp_path, build_reward(), "aggregat")
     with pytest.raises(ConfigError, match="weight_decay"):
-        trainer(tmp_path, build_reward(), "base", weight_decay=0.1)
+        reward_trainer(tmp_path, build_reward(), "base", weight_decay=0.1)
     with pytest.raises(DataError, match="nothing to learn"):
-        trainer(tmp_path, build_reward(), "capability", rankings=[replace(r, category="other") for r in rankings(2)])
+        reward_trainer(
+            tmp_path, build_reward(), "capability", rankings=[replace(r, category="other") for r in rankings(2)]
+        )
     plain = Ranking(prompt=({"role": "user", "content": "a"},), responses=("b", "c"), comparisons=(Comparison(0, 1),))
     with pytest.raises(DataError, match=r"columns\.category"):
-        trainer(tmp_path, build_reward(), "aggregate", rankings=[plain])
+        reward_trainer(tmp_path, build_reward(), "aggregate", rankings=[plain])

@@ -20,13 +20,12 @@ from moelora.trainers.sharded import refuse_foreign_state
 LIMIT = 600  # seconds after which a process counts as hanging, on a machine that has other work
 
 
-@pytest.fixture(scope="module")
-def results(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("sharded")
+def spawn(processes: Any, target: Any, *args: Any) -> None:
+    """Run ``target(rank, 2, port, *args)`` in two processes, to a good end of both."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [processes.Process(target=study, args=(rank, 2, port, folder, STAGES)) for rank in range(2)]
+    children = [processes.Process(target=target, args=(rank, 2, port, *args)) for rank in range(2)]
     for child in children:
         child.start()
     for child in children:
@@ -36,6 +35,12 @@ def results(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         child.kill()
     assert hanging == [False, False]
     assert [child.exitcode for child in children] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def results(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("sharded")
+    spawn(processes, study, folder, STAGES)
     return folder, [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
 
 
