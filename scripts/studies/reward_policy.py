@@ -326,8 +326,8 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the table, the figure and the policy go.")] = Path(
         "runs/reward_policy"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
-    every: Annotated[int, typer.Option(min=1, help="Steps between two looks at the policy.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 30,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two looks at the policy.")] = 5,
     questions: Annotated[int, typer.Option(min=1, help=f"Of a step; each is answered {SAMPLES} times.")] = 4,
     test_size: Annotated[int, typer.Option(min=1, help="Held-out questions of each task.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Of the policy's experts and routers.")] = 1e-3,
