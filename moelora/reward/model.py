@@ -60,7 +60,7 @@ class RewardModel(Scoring, MoELoRAModel):
         self.config.num_labels = 1
         # The Trainer's predictions are the rewards, and not what is said beside them.
         beside = [each.name for each in fields(RewardOutput)[2:]]
-        self.config.keys_to_ignore_at_inference = [*self.config.keys_to_ignore_at_inference, *beside]
+        self.config.keys_to_ignore_at_inference.extend(beside)
 
     @classmethod
     def attach(
