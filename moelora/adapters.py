@@ -116,7 +116,7 @@ def read_adapter(stored: Stored, backbone: PreTrainedModel, slot: RoutingSlot, n
     mixture = stored.to_attach()
     adapter = Adapter(name, mixture, build_parts(backbone, mixture, slot))
     adapter.fill(stored.stream({key: tuple(value.shape) for key, value in adapter.tensors().items()}))
-    if adapter.saved_modules:
+    if adapter.saved_modules and stored.reward is None:  # a reward model's were made for it
         whole = ", ".join(module.name for module in adapter.saved_modules)
         logger.warning("%s replaces whole modules of the backbone: %s", stored.folder, whole)
     return adapter

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import reward_tables as tables
 import typer
+from transformers import set_seed
 from transformers.utils import logging as bars
 
 import moelora
@@ -33,6 +34,8 @@ from moelora.data.preferences import Ranking
 from moelora.data.properties import PROPERTIES
 from moelora.data.sampled import Sampler
 from moelora.evaluation.reward_ensembles import WAYS, Scale, combine
+from moelora.reward.lower import LowerStates
+from moelora.reward.model import RewardModel
 from moelora.reward.scoring import Reward
 from moelora.trainers.reward import RewardRun
 
@@ -40,7 +43,14 @@ from moelora.trainers.reward import RewardRun
 CATEGORIES: dict[str, Any] = {
     "arithmetic": {
         "tasks": {
-            "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+            "basic_arithmetic": {
+                "min_terms": 2,
+                "max_terms": 2,
+                "min_digits": 1,
+                "max_digits": 1,
+                "operators": ["+", "-"],
+                "allow_negation": False,
+            },
             "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
         },
         "capabilities": ["correctness", "closeness", "brevity"],
@@ -72,6 +82,7 @@ MOST = 16
 RANKINGS = 4  # of a step
 SHARES = {"base": 0.4, "capability": 0.6}  # of DMoERM's steps
 SINGLE, DMOERM = "single", "DMoERM"
+KEPT = 2**31  # bytes of states below the experts
 Scored = list[list[Reward]]
 
 
@@ -85,19 +96,47 @@ class Study:
     seeds: int
     train_size: int
     test_size: int
+    current: list[RewardModel] = field(default_factory=list)
+    lower: list[LowerStates] = field(default_factory=list)
 
     def data(self, **options: Any) -> SampledPreferenceData:
         """The questions and how they are answered."""
         return SampledPreferenceData(
             categories=CATEGORIES,
-            max_new_tokens=16,
+            max_new_tokens=20,
+            worked_examples=0,
             **{"train_size": self.train_size, "test_size": self.test_size, **options},
         )
 
     def sampler(self, data: SampledPreferenceData) -> Sampler:
         """The answers of the backbone."""
         backbone = BackboneConfig(name=self.backbone)
-        return Sampler(data, backbone, partial(moelora.load_backbone, backbone), self.folder / "answers")
+        return Sampler(data, backbone, self.bare, self.folder / "answers")
+
+    @cached_property
+    def shared(self) -> tuple[Any, Any]:
+        """The backbone and its tokenizer, which all models are on, one after the other."""
+        return moelora.load_backbone(BackboneConfig(name=self.backbone))
+
+    def bare(self) -> tuple[Any, Any]:
+        """The same without a model on it."""
+        if self.current:
+            self.current.pop().unload()
+        return self.shared
+
+    def on_it(self, make: Callable[[Any], RewardModel]) -> RewardModel:
+        """The model that ``make`` puts on the shared backbone, in the place of the one before.
+
+        What the layers below the experts make of a text is kept for all models, so each text goes through them once.
+        """
+        backbone, tokenizer = self.bare()
+        model = make(backbone)
+        model.tokenizer = tokenizer
+        lower = model.remember(self.lower[0] if self.lower else KEPT)
+        assert lower is not None, "the experts begin above the first layer"
+        self.lower[:] = [lower]
+        self.current.append(model)
+        return model
 
     @cached_property
     def train(self) -> list[Ranking]:
@@ -132,7 +171,7 @@ class Study:
                     "sites": [
                         {
                             "target": ["q_proj", "v_proj", "up_proj", "down_proj"],
-                            "layers": "-10:",
+                            "layers": "-3:",
                             "experts": {"kind": "lora", "num_experts": 1, "r": 8, "alpha": 16},
                         }
                     ]
@@ -166,6 +205,14 @@ def trained(study: Study, name: str, steps: int, seed: int) -> Path:
         def examples_of(cls, recipe: Recipe) -> Any:
             return study.train, []
 
+        @staticmethod
+        def model_of(recipe: Recipe) -> RewardModel:
+            def make(backbone: Any) -> RewardModel:
+                set_seed(recipe.seed)
+                return RewardModel.attach(backbone, recipe.trainer.reward, recipe.mixture)
+
+            return study.on_it(make)
+
     recipe = study.recipe(name, steps, seed)
     folder = Path(recipe.output_dir)
     if not (folder / "recipe.yaml").is_file():
@@ -180,7 +227,7 @@ def scored(study: Study, folder: Path) -> tuple[Scored, Scored]:
     path = folder / "rewards.json"
     parts = study.test, study.many
     if not path.is_file():
-        model = moelora.RewardModel.from_pretrained(folder, backbone=study.backbone)
+        model = study.on_it(lambda backbone: RewardModel.from_pretrained(folder, backbone=backbone))
         # A small model often says the same, and the same text has the same reward.
         texts = {
             (ranking.key, text): (ranking, text) for part in parts for ranking in part for text in ranking.responses
