@@ -84,7 +84,7 @@ class Study:
     """What is optimised, against what, and what is asked.
 
     Attributes:
-        data: of the reward model's recipe, with the policy's own temperature.
+        data: of the reward model's recipe, with the policy's own temperature and the bare questions.
     """
 
     folder: Path
@@ -112,11 +112,12 @@ class Study:
             update={
                 "temperatures": (1.0,) * SAMPLES,
                 "top_p": 1.0,
+                "worked_examples": 0,  # as the reward model sees a question, and as the policy is trained
                 "train_size": math.ceil(questions / tasks),
                 "test_size": test_size,
             }
         )
-        model = moelora.RewardModel.from_pretrained(reward, backbone=recipe.backbone.name)
+        model = moelora.RewardModel.from_pretrained(reward, recipe.backbone.name)
         return cls(folder, recipe, data, model)
 
     @cached_property
@@ -234,7 +235,6 @@ def _ended(after: list[int], end: int) -> list[int]:
 def optimise(study: Study, steps: int, every: int, learning_rate: float, questions: int) -> list[Point]:
     """Train the policy by GRPO, and look at it."""
     watch = Watch(study, every)
-    cuda = torch.cuda.is_available()
     args = GRPOConfig(
         output_dir=str(study.folder / "logs"),
         max_steps=steps,
@@ -248,8 +248,8 @@ def optimise(study: Study, steps: int, every: int, learning_rate: float, questio
         logging_strategy="no",  # the bar is enough; what matters is looked at
         save_strategy="no",
         report_to="none",
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
         seed=study.recipe.seed,
