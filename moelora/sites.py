@@ -104,13 +104,13 @@ def sharing_key(path: str, share: str) -> str:
 
 
 def refuse_idle_patterns(site: SiteConfig, paths: Iterable[str]) -> None:
-    """Check that every rank or alpha pattern fits a site.
+    """Check that every pattern of ranks and the like fits a site.
 
     Raises:
         ConfigError: names one that fits none.
     """
     known = list(paths)
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in (name for name in type(site.experts).model_fields if name.endswith("_pattern")):
         for name in getattr(site.experts, option):
             if not any(fits(path, name) for path in known):
                 raise ConfigError(

@@ -174,6 +174,8 @@ def against_growing(content: Content) -> Iterator[str]:
     ]
     changed = replace(content, mixture=content.mixture.model_copy(update={"sites": newest}))
     yield from against_linears(changed, ["rank1"], ["moram"])
+    if any(site.experts.kind == "rank1" and (site.experts.kept or site.experts.kept_pattern) for site in newest):
+        yield "each task has all of its atoms, some of this mixture's were pruned"
 
 
 def _against(content: Content) -> Iterator[str]:
