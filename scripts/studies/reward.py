@@ -5,10 +5,10 @@
 
 The 4-bit backbone answers reasoning-gym questions of four categories, and their scorers and properties of the text rank
 the answers (``moelora/data/sampled.py``). On these rankings are trained, for each seed: a single reward model with
-``--steps`` steps; three with a third of the steps each, as an ensemble of the same budget; and DMoERM, whose base takes
-four tenths of the steps and whose capabilities take six. A step is 4 rankings of 4 answers in all of these. Beyond that
-DMoERM reads the rankings of its aggregator once and prompts for its classifier; the tokens are printed. The single
-models of all seeds are an ensemble of as many times the budget.
+``--steps`` steps of 4 rankings of 4 answers; three with a third of the steps each, as an ensemble of the same budget; and
+DMoERM, whose base, capabilities and classifier share about the same number of tokens. Beyond that it reads the rankings
+of its aggregator once; the tokens are printed. The single models of all seeds are an ensemble of as many times the
+budget. One learning rate holds for all.
 
 All models then judge the same held-out rankings, and 16 answers each to further questions choose the best of n.
 """
@@ -80,7 +80,8 @@ CATEGORIES: dict[str, Any] = {
 MEMBERS = 3
 MOST = 16
 RANKINGS = 4  # of a step
-SHARES = {"base": 0.4, "capability": 0.6}  # of DMoERM's steps
+SHARES = {"base": 0.35, "capability": 0.5, "category": 0.3}  # of DMoERM's steps
+PROMPTS = 16  # of a step of the classifier: about half as many tokens as a step of rankings
 SINGLE, DMOERM = "single", "DMoERM"
 KEPT = 2**31  # bytes of states below the experts
 Scored = list[list[Reward]]
@@ -96,6 +97,7 @@ class Study:
     seeds: int
     train_size: int
     test_size: int
+    learning_rate: float
     current: list[RewardModel] = field(default_factory=list)
     lower: list[LowerStates] = field(default_factory=list)
 
@@ -159,11 +161,11 @@ class Study:
             name: {"capabilities": {each: PROPERTIES[each].description for each in group["capabilities"]}}
             for name, group in CATEGORIES.items()
         }
-        layered = {
-            "categories": categories,
-            "phases": {phase: {"max_steps": max(1, round(share * steps))} for phase, share in SHARES.items()}
-            | {"category": {"max_steps": max(1, steps // 2)}, "aggregate": {"max_steps": -1}},
+        phases: dict[str, dict[str, Any]] = {
+            phase: {"max_steps": max(1, round(share * steps))} for phase, share in SHARES.items()
         }
+        phases["category"]["per_device_train_batch_size"] = PROMPTS
+        layered = {"categories": categories, "phases": {**phases, "aggregate": {"max_steps": -1}}}
         return load_recipe(
             {
                 "backbone": {"name": self.backbone},
@@ -181,7 +183,7 @@ class Study:
                     "kind": "reward",
                     "args": {
                         "max_steps": max(1, steps),
-                        "learning_rate": 5e-4,
+                        "learning_rate": self.learning_rate,
                         "per_device_train_batch_size": RANKINGS,
                         "logging_steps": 5,
                         "save_strategy": "no",
@@ -285,13 +287,14 @@ def run(study: Study) -> tuple[dict[str, list[tuple[Scored, Scored]]], dict[str,
 def main(
     folder: Annotated[Path, typer.Option(help="Where answers, models and results are kept.")] = Path("runs/reward"),
     backbone: Annotated[str, typer.Option(help="What answers and what judges.")] = "smollm2-135m-instruct",
-    steps: Annotated[int, typer.Option(help="Of the single model, 4 rankings each.")] = 30,
+    steps: Annotated[int, typer.Option(help="Of the single model, 4 rankings each.")] = 40,
     seeds: Annotated[int, typer.Option(help="How often everything is trained.")] = 3,
     train_size: Annotated[int, typer.Option(help="Questions of each of the eight tasks to learn from.")] = 15,
     test_size: Annotated[int, typer.Option(help="Questions of each task to judge by.")] = 9,
+    learning_rate: Annotated[float, typer.Option(help="Of all models.")] = 1e-3,
 ) -> None:
     """Sample preferences, train reward models on them, and print how they fare."""
-    study = Study(folder, backbone, steps, seeds, train_size, test_size)
+    study = Study(folder, backbone, steps, seeds, train_size, test_size, learning_rate)
     found, used = run(study)
     result = tables.results(study.test, study.many, found, used, MOST)
     result.write(folder / "results")
