@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..config import Recipe
 from ..data.preferences import Ranking
+from ..data.ranking_set import NothingToLearnError
 from ..data.rankings import read_all
 from ..errors import ConfigError
 from ..registry import TRAINERS, closest
@@ -42,7 +44,8 @@ class RewardTrainer(MixtureTrainer):
 
     Args:
         model: with a tokenizer. phase: ``base``, ``capability``, ``aggregate`` or ``category``.
-        rankings: what to learn from. eval_rankings: what to evaluate on. max_length: of a text, in tokens.
+        rankings: what to learn from. eval_rankings: what to evaluate on; nothing is evaluated where none of them has
+            what the phase learns from, such as comparisons by a capability. max_length: of a text, in tokens.
         label_smoothing, center_coef: see :class:`RewardTrainerConfig`.
         held_out: what :meth:`finish` goes by.
         begin: folder of the model that the phase begins with, instead of the model's own tensors.
@@ -74,7 +77,9 @@ class RewardTrainer(MixtureTrainer):
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r}: the phases are {', '.join(PHASES)}{closest(phase, list(PHASES))}")
         self.phase = PHASES[phase](model, LossOptions(label_smoothing, center_coef))
-        super().__init__(model, args, data_collator=self.phase.collate, **trainer)
+        # Examples are made once the model lies where it trains; that there will be some, the Trainer asks at once.
+        promised: list[Any] | None = [] if eval_rankings else None
+        super().__init__(model, args, data_collator=self.phase.collate, eval_dataset=promised, **trainer)
         if self.args.weight_decay and self.phase.moves[0]:
             raise ConfigError(
                 f"weight_decay is {self.args.weight_decay:g}: experts that this phase leaves alone lie in one tensor "
@@ -84,9 +89,19 @@ class RewardTrainer(MixtureTrainer):
             self._restore_adapter(begin)
         self.phase.begin()
         self.train_dataset = self.phase.examples(rankings, max_length)
-        self.eval_dataset = self.phase.examples(eval_rankings, max_length) if eval_rankings else None
+        for what in self.phase.untaught(self.train_dataset):
+            logger.warning("%s then learns nothing", what)
+        self.eval_dataset = self._to_evaluate(eval_rankings, max_length) if eval_rankings else None
         self.held_out, self.max_length = held_out, max_length
         self.label_names = self.phase.labels
+
+    def _to_evaluate(self, rankings: Sequence[Ranking], max_length: int) -> Any:
+        try:
+            return self.phase.examples(rankings, max_length)
+        except NothingToLearnError as error:
+            logger.warning("the phase %s is not evaluated: of the rankings to test on, %s", self.phase.name, error)
+            self.args.eval_strategy = IntervalStrategy.NO
+            return None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with only(self.model, *self.phase.moves):

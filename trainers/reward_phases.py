@@ -14,9 +14,8 @@ Shapes: N responses of a batch, S tokens, C capabilities, H width of the hidden 
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,15 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.preferences import Ranking, split
-from ..data.ranking_set import RankingCollator, RankingRow, RankingSet, ResponseFormat
-from ..errors import DataError
+from ..data.ranking_set import NothingToLearnError, RankingCollator, RankingRow, RankingSet, ResponseFormat
 from ..reward.calibration import fit_temperature
 from ..reward.config import GENERAL, OUTER
 from ..reward.losses import Comparisons, ranking_loss
 from ..reward.model import RewardModel
 from ..reward.scoring import by_length
-
-logger = logging.getLogger(__name__)
 
 Loss = tuple[Tensor, dict[str, Any]]
 Examples = Sequence[Any] | RankingSet
@@ -71,8 +67,12 @@ class Phase(ABC):
         """What the phase learns from, of these rankings.
 
         Raises:
-            DataError: there is nothing to learn.
+            NothingToLearnError: there is nothing to learn.
         """
+
+    def untaught(self, examples: Examples) -> list[str]:
+        """What learns nothing from these examples although it is the phase's to teach, in words."""
+        return []
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
@@ -170,12 +170,15 @@ class Capability(Base):
         def view(ranking: Ranking, capability: str | None) -> int | None:
             return numbers.get(f"{ranking.category}/{capability}")
 
-        examples = RankingSet(rankings, self.model.tokenizer, max_length, by_capability=True, view=view)
-        known = {row.view_id for row in examples.rows}
-        for name in self.views:
-            if numbers[name] not in known:
-                logger.warning("no comparison is by the capability %s, whose expert then learns nothing", name)
-        return examples
+        return RankingSet(rankings, self.model.tokenizer, max_length, by_capability=True, view=view)
+
+    def untaught(self, examples: Examples) -> list[str]:
+        known, numbers = {row.view_id for row in examples}, self.model.reward.numbers
+        return [
+            f"no comparison is by the capability {name}, whose expert"
+            for name in self.views
+            if numbers[name] not in known
+        ]
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Loss:
         views = inputs["view_ids"].unsqueeze(1)
@@ -203,15 +206,20 @@ class Aggregate(Phase):
     def moves(self) -> tuple[list[str], list[str]]:
         return [], [f"aggregators.{category}" for category in self.model.reward.names]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def examples(self, rankings: Sequence[Ranking], max_length: int) -> Examples:
         names = self.model.reward.names
         known = [ranking for ranking in rankings if ranking.category in names]
         if not known:
-            raise DataError(f"no ranking has a category of {', '.join(names)}: name their column with columns.category")
+            raise NothingToLearnError(
+                f"no ranking has a category of {', '.join(names)}: name their column with columns.category"
+            )
         rows = RankingSet(known, self.model.tokenizer, max_length, categories=names).rows
         with self.model.evaluating():
             return self._with_states(rows)
+
+    def untaught(self, examples: Examples) -> list[str]:
+        return _missing(self.model.reward.names, {each.row.category_id for each in examples}, "ranking", "aggregator")
 
     def _with_states(self, rows: Sequence[RankingRow]) -> list[StatesRow]:
         texts = [(number, row.category_id, ids) for number, row in enumerate(rows) for ids in row.input_ids]
@@ -226,8 +234,7 @@ class Aggregate(Phase):
         each: list[list[Tensor]] = [[] for _ in rows]
         for place, (number, _, _) in enumerate(texts):
             each[number].append(found[place])
-        # Out of inference mode, so that a loss may keep them.
-        return [StatesRow(row, torch.stack(states).clone()) for row, states in zip(rows, each, strict=True)]
+        return [StatesRow(row, torch.stack(states)) for row, states in zip(rows, each, strict=True)]
 
     def collate(self, rows: Sequence[StatesRow]) -> dict[str, Tensor]:
         batch = RankingCollator(self._pad())([each.row for each in rows])
@@ -270,8 +277,11 @@ class Category(Phase):
             if len(ids) <= max_length:
                 rows.append(PromptRow(ids, names.index(str(ranking.category))))
         if not rows:
-            raise DataError(f"no prompt of at most {max_length} tokens has a category of {', '.join(names)}")
+            raise NothingToLearnError(f"no prompt of at most {max_length} tokens has a category of {', '.join(names)}")
         return rows
+
+    def untaught(self, examples: Examples) -> list[str]:
+        return _missing(self.model.reward.names, {row.category_id for row in examples}, "prompt", "class")
 
     def collate(self, rows: Sequence[PromptRow]) -> dict[str, Tensor]:
         ids, mask = self.model.padded([row.input_ids for row in rows])
@@ -299,6 +309,11 @@ class Category(Phase):
         temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
         self.model.parts.temperature.fill_(temperature)
         return {"category_temperature": temperature}
+
+
+def _missing(names: Sequence[str], known: Collection[int], what: str, whose: str) -> list[str]:
+    absent = [name for number, name in enumerate(names) if number not in known]
+    return [f"no {what} is of the category {name}, whose {whose}" for name in absent]
 
 
 PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (Base, Capability, Aggregate, Category)}

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 View = Callable[[Ranking, str | None], int | None]
 
 
+class NothingToLearnError(DataError):
+    """Whole rankings, of which none has what is asked for here."""
+
+
 class ResponseFormat:
     """How one tokenizer writes a prompt and a response for a reward model.
 
@@ -114,7 +118,8 @@ class RankingSet(Dataset[RankingRow]):
         rows: the rows. dropped: how many responses were too long.
 
     Raises:
-        DataError: an unknown category, a conversation that cannot be written, or nothing left.
+        DataError: an unknown category, or a conversation that cannot be written.
+        NothingToLearnError: nothing is left.
     """
 
     def __init__(
@@ -148,7 +153,7 @@ class RankingSet(Dataset[RankingRow]):
         if too_long:
             logger.warning("%d responses are longer than %d tokens: left out", self.dropped, max_length)
         if not self.rows:
-            raise DataError(_nothing_left(too_long, max_length, by_capability))
+            raise NothingToLearnError(_nothing_left(too_long, max_length, by_capability))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -222,6 +222,43 @@ def test_the_temperature_is_fitted_to_prompts_held_out(tmp_path: Path) -> None:
     assert metrics["category_temperature"] == pytest.approx(float(model.parts.temperature)) != 1.0
 
 
+def test_evaluation_goes_along_with_training(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_rankings": rankings(4)}
+    runner = reward_trainer(tmp_path, build_reward("1:"), "base", **options)
+    runner.train()
+    assert sum("eval_accuracy" in line for line in runner.state.log_history) == runner.state.global_step
+
+
+def test_a_phase_that_the_test_rankings_say_nothing_of_is_trained_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unlabelled = [replace(ranking, capabilities={}) for ranking in rankings(4)]
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_rankings": unlabelled}
+    runner = reward_trainer(tmp_path, build_reward("1:"), "capability", **options)
+    assert "the phase capability is not evaluated" in caplog.text
+    assert runner.train().global_step == 3
+    with pytest.raises(DataError, match="nothing to learn"):
+        reward_trainer(tmp_path, build_reward("1:"), "capability", rankings=unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ("capability", "no comparison is by the capability letters/clean, whose expert then learns nothing"),
+        ("aggregate", "no ranking is of the category letters, whose aggregator then learns nothing"),
+        ("category", "no prompt is of the category letters, whose class then learns nothing"),
+    ],
+)
+def test_what_learns_nothing_is_told(
+    phase: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sums = [ranking for ranking in rankings() if ranking.category == "sums"]
+    reward_trainer(tmp_path, build_reward("1:"), phase, rankings=rankings(), eval_rankings=sums)
+    assert not caplog.text  # what is only evaluated need not have all
+    reward_trainer(tmp_path, build_reward("1:"), phase, rankings=sums)
+    assert message in caplog.text
+
+
 # -- recipes -----------------------------------------------------------------------------------------------------
 
 
