@@ -5,10 +5,10 @@
 
 The 4-bit backbone answers reasoning-gym questions of four categories, and their scorers and properties of the text rank
 the answers (``moelora/data/sampled.py``). On these rankings are trained, for each seed: a single reward model with
-``--steps`` steps of 4 rankings of 4 answers; three with a third of the steps each, as an ensemble of the same budget; and
-DMoERM, whose base, capabilities and classifier share about the same number of tokens. Beyond that it reads the rankings
-of its aggregator once; the tokens are printed. The single models of all seeds are an ensemble of as many times the
-budget. One learning rate holds for all.
+``--steps`` steps of 4 rankings of 4 answers; three with a third of the steps each, as an ensemble of the same budget;
+and DMoERM, whose base, capabilities and classifier share about the same number of tokens. Beyond that it reads the
+rankings of its aggregator once; the tokens are printed. The single models of all seeds are an ensemble of as many times
+the budget. One learning rate holds for all.
 
 All models then judge the same held-out rankings, and 16 answers each to further questions choose the best of n.
 """
