@@ -35,18 +35,20 @@ def begin_task(model: MoELoRAModel) -> None:
         if container.router is not None and container.router.state_dict():
             raise ConfigError(
                 f"site {name!r}: router {container.router.kind!r} has tensors for the experts there are, so they "
-                "cannot become more: take router 'moram'"
+                "cannot become more: take router 'moram', 'mask', or 'static' with weights 'ones'"
             )
     sites = list(model.mixture.sites)
     for group in sorted({container.group for container in growing.values()}):
         site = sites[group]
         sites[group] = SiteConfig.parse({**site.to_dict(), "experts": site.experts.next_task()})
+    grown: set[int] = set()  # a router that sites share grows once
     for container in growing.values():
         config = container.config = sites[container.group].at(container.site.path)
         changed = {"ranks": config.experts.ranks, "scales": config.experts.scales}
         container.site = replace(container.site, **changed)
-        if container.router is not None:
-            container.router.site = replace(container.router.site, **changed)
+        if container.router is not None and id(container.router) not in grown:
+            container.router.grow(config.experts.ranks, config.experts.scales)
+            grown.add(id(container.router))
         for bank in container.banks():
             bank.begin_task(config.experts)
     model.mixture = model.mixture.model_copy(update={"sites": sites})

@@ -6,6 +6,7 @@ Shapes: D in, E experts, K picks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
@@ -133,6 +134,14 @@ class Router(nn.Module, Generic[ConfigT]):
             load: (num_units,) float64, summed over micro-batches, data-parallel ranks, and the sites that share this
                 router.
         """
+
+    def grow(self, ranks: tuple[int, ...], scales: tuple[float, ...]) -> None:
+        """Route to more experts from now on: those of a bank that grew. For routers without tensors that are saved.
+
+        Args:
+            ranks, scales: of all experts, as :class:`~moelora.routing.SiteInfo` has them.
+        """
+        self.site = replace(self.site, ranks=ranks, scales=scales)
 
     @property
     def scoring_pass_value(self) -> float:

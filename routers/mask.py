@@ -80,13 +80,23 @@ class MaskRouter(Router[MaskConfig]):
 
     def __init__(self, config: MaskConfig, site: SiteInfo) -> None:
         super().__init__(config, site)
-        table = [[expert] for expert in range(site.num_experts)] if config.table is None else config.table
+        self._tabulate(None)
+
+    def grow(self, ranks: tuple[int, ...], scales: tuple[float, ...]) -> None:
+        """As of any router; without a table the new experts have the next identities."""
+        super().grow(ranks, scales)
+        self._tabulate(self.indices.device)
+
+    def _tabulate(self, device: torch.device | None) -> None:
+        """Set the buffers from the configuration and the number of experts."""
+        config = self.config
+        table = [[expert] for expert in range(self.site.num_experts)] if config.table is None else config.table
         weights = [[1.0] * len(row) for row in table] if config.weights is None else config.weights
         slots = max(1, *(len(row) for row in table))
         indices = [[*row, *[-1] * (slots - len(row))] for row in (*table, [])]
         values = [[*row, *[0.0] * (slots - len(row))] for row in (*weights, [])]
-        self.register_buffer("indices", torch.tensor(indices), persistent=False)
-        self.register_buffer("weights", torch.tensor(values), persistent=False)
+        self.register_buffer("indices", torch.tensor(indices, device=device), persistent=False)
+        self.register_buffer("weights", torch.tensor(values, device=device), persistent=False)
 
     def route(self, inputs: RouteInput) -> RoutingRecord:
         """See the class.

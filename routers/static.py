@@ -1,4 +1,4 @@
-"""Weights that are the same for every token: CAT of LoRA Soups, a uniform mix, or the user's own.
+"""Weights that are the same for every token: CAT of LoRA Soups, a uniform mix, a plain sum, or the user's own.
 
 Published: Prabhakar et al. 2024 (arXiv 2410.13025), code read at 7ce7a2e (it has no licence): for each linear one
 number per adapter, c = softmax of them, and ``W0 x + sum_e c_e s_e B_e A_e x``, trained on a few mixed samples. Since
@@ -25,14 +25,14 @@ class StaticConfig(RouterConfig):
     """Options of ``static``.
 
     Attributes:
-        weights: ``learned`` is the softmax of one learned number for each expert; ``uniform`` is 1 / E; a list gives
-            the weights themselves, which need not sum to 1.
+        weights: ``learned`` is the softmax of one learned number for each expert; ``uniform`` is 1 / E; ``ones``
+            adds up all experts; a list gives the weights themselves, which need not sum to 1.
         init: how the learned numbers start: ``normal`` is N(0, 1) as released, ``zeros`` an even mix.
         mix: ``outputs`` weighs what experts add; ``factors`` mixes their factors, as LoRAHub does.
     """
 
     kind: str = "static"
-    weights: Literal["learned", "uniform"] | Annotated[list[float], Field(min_length=1)] = "learned"
+    weights: Literal["learned", "uniform", "ones"] | Annotated[list[float], Field(min_length=1)] = "learned"
     init: Literal["normal", "zeros"] = "normal"
     mix: Literal["outputs", "factors"] = "outputs"
 
@@ -58,13 +58,22 @@ class StaticRouter(Router[StaticConfig]):
 
     def __init__(self, config: StaticConfig, site: SiteInfo) -> None:
         super().__init__(config, site)
-        count = site.num_experts
         if config.weights == "learned":
-            self.logits = nn.Parameter(torch.empty(count))
+            self.logits = nn.Parameter(torch.empty(site.num_experts))
             self.reset_parameters()
         else:
-            values = [1 / count] * count if config.weights == "uniform" else list(config.weights)
-            self.register_buffer("given", torch.tensor(values), persistent=False)
+            self._give(None)
+
+    def grow(self, ranks: tuple[int, ...], scales: tuple[float, ...]) -> None:
+        super().grow(ranks, scales)
+        self._give(self.given.device)
+
+    def _give(self, device: torch.device | None) -> None:
+        """Set the buffer from the configuration and the number of experts."""
+        count, weights = self.site.num_experts, self.config.weights
+        shared = {"uniform": 1 / count, "ones": 1.0}
+        values = [shared[weights]] * count if isinstance(weights, str) else list(weights)
+        self.register_buffer("given", torch.tensor(values, device=device), persistent=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.config.weights == "learned":
@@ -89,7 +98,7 @@ class StaticRouter(Router[StaticConfig]):
             weights=weights.expand(*inputs.hidden_states.shape[:-1], -1),
             num_experts=self.site.num_experts,
             mix=self.config.mix,
-            normalized=not isinstance(self.config.weights, list),
+            normalized=self.config.weights in ("learned", "uniform"),
         )
 
     @torch.no_grad()

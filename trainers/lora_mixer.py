@@ -10,11 +10,12 @@ Stages and their folders: see ``trainers/staged.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 from .. import data
@@ -26,11 +27,12 @@ from ..mixture import MoELoRAModel
 from ..registry import EXPERTS, ROUTERS, TRAINERS
 from ..routers.lora_mixer import LoRAMixerRouter, PreserveLoss
 from .lora_mixer_config import Experts, LoRAMixerTrainerConfig, Phase, Stage
+from .penalised import PenalisedTrainer, Penalty
 from .sft import SFTConfig, SFTTrainer
 from .staged import Staged
 
 
-class LoRAMixerTrainer(SFTTrainer):
+class LoRAMixerTrainer(PenalisedTrainer):
     """:class:`SFTTrainer` for one stage; usable by itself.
 
     While it trains, exactly the parameters of the stage have ``requires_grad``; afterwards those have it that had it
@@ -67,11 +69,7 @@ class LoRAMixerTrainer(SFTTrainer):
         self.preserve: PreserveLoss | None = None
         if preserve_coef > 0:
             routers = _routers(model)
-            if self.is_fsdp_enabled or (self.is_deepspeed_enabled and _deepspeed_stage(self) == 3):
-                raise ConfigError(
-                    "preserve_coef compares whole parameters with what they were, and here each process holds a part "
-                    "of them: use DDP, or ZeRO stage 2 or less"
-                )
+            self.refuse_sharded("preserve_coef compares whole parameters with what they were")
             self.preserve = PreserveLoss({name: t for name, t in self._moving.items() if id(t) not in routers})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,22 +88,8 @@ class LoRAMixerTrainer(SFTTrainer):
         with self.model.routing_context(phase=self.stage.phase):
             return super().evaluation_loop(*args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.model.training and self.preserve is not None:
-            # Once in an optimizer step: each micro-batch adds its part, and ranks are averaged.
-            part = 1 / self.current_gradient_accumulation_steps
-            _, within = self._factors(num_items_in_batch)
-            value = self.preserve().to(loss.device)
-            loss = loss + self.stage.preserve_coef * self.aux_scale * value * (part / within)
-            self._window.add({"aux/preserve": value}, part)
-        return (loss, outputs) if return_outputs else loss
+    def penalties(self) -> Mapping[str, Penalty]:
+        return {} if self.preserve is None else {"preserve": Penalty(self.stage.preserve_coef, self.preserve())}
 
 
 def _routers(model: MoELoRAModel) -> set[int]:
@@ -131,11 +115,6 @@ def _moving(model: MoELoRAModel, stage: Stage) -> dict[str, Tensor]:
     return moving
 
 
-def _deepspeed_stage(trainer: LoRAMixerTrainer) -> int:
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    return int(plugin.zero_stage)
-
-
 def _refuse_other_routers(kinds: set[str]) -> None:
     others = sorted(kind for kind in kinds if not issubclass(ROUTERS.get(kind), LoRAMixerRouter))
     if others or not kinds:
@@ -153,7 +132,7 @@ class LoRAMixer(Staged):
     Trainer: ClassVar[type[SFTTrainer]] = LoRAMixerTrainer
 
     @classmethod
-    def stage_names(cls, recipe: Recipe) -> list[str]:
+    def stage_names(cls, recipe: Recipe, content: data.RecipeData) -> list[str]:
         return [f"{stage.phase}, experts {stage.experts}" for stage in recipe.trainer.stages]
 
     @classmethod
@@ -167,7 +146,7 @@ class LoRAMixer(Staged):
     @classmethod
     def prepare_stage(cls, recipe: Recipe, content: data.RecipeData, number: int) -> SFTTrainer:
         stage: Stage = recipe.trainer.stages[number - 1]
-        stages = cls.stages(recipe)
+        stages = cls.stages(recipe, content)
         args = recipe.trainer.arguments_of(number, stages.folder(number), recipe.seed)
         trainer = cls.trainer_of(
             recipe,

@@ -11,8 +11,6 @@ from transformers import TrainingArguments
 from ..config import Closed
 from .sft import SFTConfig, known_arguments
 
-LENGTHS = ("max_steps", "num_train_epochs")
-
 Phase = Literal["hard", "soft"]
 Experts = Literal["frozen", "trained"]
 
@@ -85,8 +83,4 @@ class LoRAMixerTrainerConfig(SFTConfig):
 
     def arguments_of(self, number: int, folder: str | Path, seed: int) -> TrainingArguments:
         """The whole arguments of a stage, counted from 1. A length that it names takes the place of the common one."""
-        own = self.stages[number - 1].args
-        lengths = LENGTHS if any(name in own for name in LENGTHS) else ()
-        common = {name: value for name, value in self.args.items() if name not in lengths}
-        both = self.model_copy(update={"args": {**common, **own}})
-        return both.training_arguments(folder, seed + number - 1)
+        return self.arguments_with(self.stages[number - 1].args, folder, seed + number - 1)

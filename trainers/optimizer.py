@@ -6,7 +6,7 @@ larger learning rate than the first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -91,6 +91,30 @@ def learning_rates(optimizer: torch.optim.Optimizer | Any) -> dict[str, float]:
     """``lr/<group>`` of the groups that have a name; those that decay and those that do not have one rate."""
     named = {str(group["name"]).removesuffix(".no_decay"): group for group in optimizer.param_groups if "name" in group}
     return {f"lr/{name}": float(group["lr"]) for name, group in named.items()}
+
+
+def sync_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Let an optimizer go on with the parameters that are trained now, as after ``model.begin_task()``.
+
+    What is trained no longer leaves its group and takes its moments with it; new parameters come into the group of
+    their name, or with one of their own (``add_param_group``), without moments; all others keep theirs. A learning-rate
+    scheduler has to be made anew where there are other groups than before.
+
+    Args:
+        optimizer: whose groups have names, as those of :func:`parameter_groups` do. groups: those of the model as it is
+            now; the options of a group that goes on stay what they are.
+    """
+    before = {group.get("name"): group for group in optimizer.param_groups}
+    for group in groups:
+        if group["name"] in before:
+            before[group["name"]]["params"] = list(group["params"])
+        else:
+            optimizer.add_param_group(dict(group))
+    names = {group["name"] for group in groups}
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group.get("name") in names]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) not in held]:
+        del optimizer.state[parameter]
 
 
 def _kinds(model: MoELoRAModel, apart: bool) -> dict[int, str]:

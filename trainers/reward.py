@@ -126,7 +126,7 @@ class RewardRun(Staged):
     Trainer: ClassVar[type[Any]] = RewardTrainer
 
     @classmethod
-    def stage_names(cls, recipe: Recipe) -> list[str]:
+    def stage_names(cls, recipe: Recipe, content: Rankings) -> list[str]:
         return list(recipe.trainer.phase_names)
 
     @classmethod
@@ -136,7 +136,7 @@ class RewardRun(Staged):
 
     @classmethod
     def prepare_stage(cls, recipe: Recipe, content: Rankings, number: int) -> RewardTrainer:
-        config, stages = recipe.trainer, cls.stages(recipe)
+        config, stages = recipe.trainer, cls.stages(recipe, content)
         name = stages.names[number - 1]
         train, test = content
         model = cls.model_of(recipe)

@@ -12,7 +12,6 @@ from ..config import MixtureConfig
 from ..mixture import MoELoRAModel
 from ..reward.config import RewardConfig
 from ..reward.model import RewardModel
-from .lora_mixer_config import LENGTHS
 from .sft import SFTConfig, known_arguments
 
 PhaseName = Literal["base", "capability", "aggregate", "category"]
@@ -80,10 +79,7 @@ class RewardTrainerConfig(SFTConfig, RewardConfig):
         """The whole arguments of a phase, counted from 1. A length that it names takes the place of the common one."""
         name = self.phase_names[number - 1]
         own = {**OWN.get(name, {}), **self.phases.get(name, {})}
-        lengths = LENGTHS if any(length in own for length in LENGTHS) else ()
-        common = {key: value for key, value in self.args.items() if key not in lengths}
-        both = self.model_copy(update={"args": {**common, **own}})
-        return both.training_arguments(folder, seed + number - 1)
+        return self.arguments_with(own, folder, seed + number - 1)
 
     def attach(self, backbone: PreTrainedModel, mixture: MixtureConfig) -> MoELoRAModel:
         return RewardModel.attach(backbone, self.reward, mixture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -33,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "include_num_input_tokens_seen": "non_padding",
 }
+LENGTHS = ("max_steps", "num_train_epochs")
 ELSEWHERE = {
     "output_dir": "output_dir",
     "seed": "seed",
@@ -86,6 +88,17 @@ class SFTConfig(Pluggable, GroupOptions):
 
             deepspeed.init_distributed(dist_backend="gloo")
         return args
+
+    def arguments_with(self, own: Mapping[str, Any], output_dir: str | Path, seed: int) -> TrainingArguments:
+        """The whole arguments with ``own`` in place of the common ones. A length that it names replaces the common one.
+
+        Raises:
+            ConfigError: as of :meth:`training_arguments`.
+        """
+        lengths = LENGTHS if any(name in own for name in LENGTHS) else ()
+        common = {name: value for name, value in self.args.items() if name not in lengths}
+        both = self.model_copy(update={"args": {**common, **own}})
+        return both.training_arguments(output_dir, seed)
 
     def callbacks(self, title: str = "training") -> list[TrainerCallback]:
         """What a run is watched by: a progress bar of this title, and the alarm unless it is off."""

@@ -21,8 +21,12 @@ class Staged(SFT):
     """A kind of run whose stages are prepared one by one; see :class:`SFT`."""
 
     @classmethod
-    def stage_names(cls, recipe: Recipe) -> list[str]:
-        """What distinguishes the stages; a resumed run has to have the same."""
+    def stage_names(cls, recipe: Recipe, content: Any) -> list[str]:
+        """What distinguishes the stages; a resumed run has to have the same.
+
+        Args:
+            content: what :meth:`examples_of` gave.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -43,9 +47,9 @@ class Staged(SFT):
         """Refuse data that do not fit the recipe, before the backbone is there."""
 
     @classmethod
-    def stages(cls, recipe: Recipe) -> Stages:
+    def stages(cls, recipe: Recipe, content: Any) -> Stages:
         """Where the run is."""
-        return Stages(recipe.output_dir, cls.stage_names(recipe))
+        return Stages(recipe.output_dir, cls.stage_names(recipe, content))
 
     @classmethod
     def run(cls, recipe: Recipe, *, resume: bool | str = False) -> Path:
@@ -64,7 +68,7 @@ class Staged(SFT):
         cls.check(recipe)
         content = cls.examples_of(recipe)
         cls.check_data(recipe, content)
-        stages = cls.stages(recipe)
+        stages = cls.stages(recipe, content)
         first, checkpoint = stages.start(resume)
         for number in range(first, len(stages.names) + 1):
             cls._run_stage(recipe, content, number, checkpoint)
@@ -91,7 +95,7 @@ class Staged(SFT):
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("all", metrics)
-        stages, folder = cls.stages(recipe), Path(recipe.output_dir)
+        stages, folder = cls.stages(recipe, content), Path(recipe.output_dir)
         last = number == len(stages.names)
         if last:
             trainer.save_model(str(folder))

@@ -31,7 +31,7 @@ class RecipeData:
 
     Attributes:
         train, test: the examples; those to train on are left out where they are streamed.
-        tasks: the tasks of the training examples, in alphabetical order.
+        tasks: name of each task id: the tasks of the training examples, in alphabetical order.
         sources: what is streamed, by name.
     """
 
@@ -55,7 +55,7 @@ class RecipeData:
         if self.sources:
             train = StreamedSet(self._readers(), tokenizer, self._stream_options(), rows)
         else:
-            train = tokenize(self.train, tokenizer, length)
+            train = tokenize(self.train, tokenizer, length, self.tasks)
             train = packed(train, length) if self.recipe.packing else train
         return Sets(train, tokenize(self.test, tokenizer, length, train.tasks) if self.test else None)
 
