@@ -47,7 +47,7 @@ def convert(src: str | Path, dst: str | Path, *, to: str, **hub: Any) -> Convers
         raise CheckpointError(f"{final}: expected a new or empty folder, found files in it: choose another")
     stored = read(src, **hub)
     tensors = stored.tensors(stored.declared())
-    content = Content(stored.backbone, stored.architecture, stored.mixture, stored.sites(), tensors)
+    content = Content(stored.backbone, stored.architecture, stored.mixture, stored.sites(), tensors, stored.reward)
     size = sum(value.numel() * value.element_size() for value in tensors.values()) + 1_000_000
     with files.staged(final, need=size) as staging:
         target.write(staging, content)
@@ -73,6 +73,8 @@ def _differences(before: Stored, after: Stored) -> Iterator[str]:
     whole = [each.mixture.modules_to_save for each in (before, after)]
     if whole[0] != whole[1]:
         yield f"modules_to_save: {', '.join(whole[0])}, now {', '.join(whole[1])}"
+    if before.reward is not None and after.reward is None:
+        yield "reward: what makes it a reward model, now without: it gives no rewards"
     counts: dict[str, int] = {}
     options, others = _options(before), _options(after)
     for site, values in options.items():

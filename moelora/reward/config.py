@@ -16,7 +16,7 @@ from ..config import MixtureConfig, SiteConfig
 from ..errors import ConfigError
 from ..registry import closest
 from ..schema import Closed
-from .categories import Categories, Category, load_categories
+from .categories import Categories, load_categories
 
 GENERAL = "general"
 OUTER = "outer"
@@ -63,8 +63,8 @@ class RewardConfig(Closed):
     @field_validator("categories", mode="before")
     @classmethod
     def _load(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and all(isinstance(content, Category) for content in value.values()):
-            return value
+        if isinstance(value, Mapping) and not value:
+            return {}
         try:
             return load_categories(value)
         except ConfigError as error:

@@ -24,19 +24,20 @@ from ..adapters import Adapter, read_adapter
 from ..checkpoints.layout import Stored
 from ..config import MixtureConfig
 from ..errors import CheckpointError, ConfigError, UserError
-from ..model import MoELoRAModel
 from ..parts import build_parts
 from ..slot import RoutingSlot
 from .config import GENERAL, OUTER, PARTS, RewardConfig
 from .lower import LowerStates
-from .parts import RewardParts, parts_on
-from .scoring import RewardOutput, Scoring
+from .parts import RewardParts, in_float32, parts_on
+from .refusing import Refusing
+from .scoring import RewardOutput, Scoring, check_numbers
 from .stacked import first_layer, last_states, last_token
+from .stored import read_config
 
 NO_CATEGORY = -1
 
 
-class RewardModel(Scoring, MoELoRAModel):
+class RewardModel(Scoring, Refusing):
     """A mixture whose forward is a reward.
 
     It has the interface of a sequence classifier with one label, ``logits`` (B, 1), which trainers of TRL expect of a
@@ -97,11 +98,8 @@ class RewardModel(Scoring, MoELoRAModel):
         Raises:
             CheckpointError, ConfigError: it is none, does not fit or is damaged; the backbone is then as it was.
         """
-        if stored.reward is None:
-            raise CheckpointError(
-                f"{stored.folder}: a mixture, but no reward model: load it with moelora.from_pretrained"
-            )
-        reward = RewardConfig.parse(stored.reward, where=f"{stored.folder}: reward")
+        stored.check_backbone(backbone.config)
+        reward = read_config(stored, backbone.config.get_text_config().hidden_size)
         slot = RoutingSlot()
         with parts_on(backbone, reward):
             model = cls(backbone, read_adapter(stored, backbone, slot, adapter_name), slot, reward)
@@ -199,7 +197,7 @@ class RewardModel(Scoring, MoELoRAModel):
             token_type_ids, margin, use_cache, return_dict: of no effect; tokenizers and trainers give them.
 
         Raises:
-            UserError: neither categories nor what they are told by.
+            UserError: neither categories nor what they are told by, or numbers that no category or view has.
         """
         self._check_checkpointing()
         with nullcontext() if torch.is_grad_enabled() else self.evaluating():
@@ -269,6 +267,7 @@ class RewardModel(Scoring, MoELoRAModel):
     # -- parts of it ---------------------------------------------------------------------------------------------
 
     def _views(self, input_ids: Tensor, attention_mask: Tensor, view_ids: Tensor) -> Tensor:
+        check_numbers("view_ids", view_ids, 0, len(self.parts.heads))  # that of the classifier is the last, without one
         texts, count = view_ids.shape
         rows = None if count == 1 else torch.arange(texts, device=input_ids.device).repeat_interleave(count)
         states = last_states(self, input_ids, attention_mask, rows, view_ids.flatten())
@@ -290,22 +289,21 @@ class RewardModel(Scoring, MoELoRAModel):
         width = int(last_token(mask).max()) + 1
         views = torch.full((len(input_ids),), self.reward.numbers[OUTER], device=input_ids.device)
         states = last_states(self, input_ids[:, :width], mask[:, :width], None, views)
-        logits: Tensor = self.parts.outer(states.float())
-        return logits
+        return in_float32(self.parts.outer, states)
 
     def _aggregate(self, states_BCH: Tensor, category: str) -> Tensor:
         names = self.reward.capability_views(category)
         scores = torch.stack([self.parts.head(name, states_BCH[:, i]) for i, name in enumerate(names)], dim=1)
-        rewards: Tensor = self.parts.aggregators[category](states_BCH.float(), scores)
-        return rewards
+        return in_float32(self.parts.aggregators[category], states_BCH, scores)
 
     def _joined(self, states_BCH: Tensor, category_ids: Tensor | None) -> Tensor:
         """(B,) the states of each text by the aggregator of its category."""
-        if category_ids is None:
-            raise UserError("states are joined by the aggregator of a category: give category_ids")
+        if category_ids is None or not self.reward.names:
+            raise UserError("states are joined by the aggregator of a category: give category_ids of a model with some")
+        check_numbers("category_ids", category_ids, 0, len(self.reward.names))
         most = max(len(self.reward.capabilities(name)) for name in self.reward.names)
         states_BCH = F.pad(states_BCH, (0, 0, 0, most - states_BCH.shape[1]))
-        rewards = states_BCH.new_empty(len(states_BCH))
+        rewards = torch.empty(len(states_BCH), device=states_BCH.device)
         # Also those of categories without a text here: other processes may have some, and all wait for the same ones.
         for number, name in enumerate(self.reward.names):
             own, count = (category_ids == number).nonzero().squeeze(-1), len(self.reward.capabilities(name))
@@ -314,6 +312,7 @@ class RewardModel(Scoring, MoELoRAModel):
 
     def _rewards(self, input_ids: Tensor, attention_mask: Tensor, category_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) rewards and (B, C) scores of the capabilities, all experts of all texts in one pass."""
+        check_numbers("category_ids", category_ids, NO_CATEGORY, len(self.reward.names))
         answered = category_ids.tolist()
         names = [None if number == NO_CATEGORY else self.reward.names[number] for number in answered]
         asked = {name: self._asked(name) for name in dict.fromkeys(names)}

@@ -89,12 +89,22 @@ class RewardParts(nn.Module):
 
     def head(self, view: str, states: Tensor) -> Tensor:
         """(...) scores of states (..., H) under the head of a view."""
-        score: Tensor = self.heads[view](states.float()).squeeze(-1)
-        return score
+        return in_float32(self.heads[view], states).squeeze(-1)
 
     def forward(self) -> None:
         """Not a step of the backbone: a reward model calls the parts one by one."""
         raise NotImplementedError("the modules of a reward model are called one by one")
+
+
+def in_float32(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """What a small module makes of states and scores, in float32 also under autocast.
+
+    Where the whole model was cast to a half precision, as ``bf16_full_eval`` does, its weights have that already.
+    """
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        made: Tensor = module(*(each.to(dtype) for each in inputs))
+    return made.float()
 
 
 @contextmanager

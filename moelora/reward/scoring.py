@@ -172,7 +172,8 @@ class Scoring(Saving):
         for name in categories:
             if name not in numbers:
                 known = list(numbers)
-                raise ConfigError(f"category {name!r} is unknown: known are {', '.join(known)}{closest(name, known)}")
+                near = closest(str(name), known)
+                raise ConfigError(f"category {name!r} is unknown: known are {', '.join(known)}{near}")
         return [numbers[name] for name in categories], [1.0] * len(categories)
 
     def _routed(self, texts: Sequence[tuple[list[int], int]], batch_size: int) -> tuple[list[int], list[float]]:
@@ -206,6 +207,17 @@ class Scoring(Saving):
         scores = output.capability_logits[place, : len(capabilities)].tolist()
         by_name = dict(zip(capabilities, scores, strict=True))
         return Reward(float(output.logits[place, 0]), names[number], names[routed], confidence, by_name)
+
+
+def check_numbers(what: str, numbers: Tensor, lowest: int, count: int) -> None:
+    """Raise unless all are from ``lowest`` to below ``count``.
+
+    Raises:
+        UserError: one is not; names it.
+    """
+    wrong = [number for number in numbers.flatten().tolist() if not lowest <= number < count]
+    if wrong:
+        raise UserError(f"{what} holds {wrong[0]}: this reward model has those from {lowest} to {count - 1}")
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -49,6 +49,15 @@ def test_what_is_kept_gives_the_same_rewards_without_the_layers() -> None:
     assert ran and model.lower is None
 
 
+def test_each_module_is_left_in_its_mode() -> None:
+    model = build_reward("1:").train()
+    model.remember(10**7)
+    still = model.backbone.get_submodule("model.layers.2.mlp").eval()
+    model(*build_batch(), category_ids=torch.zeros(4, dtype=torch.int64))
+    assert model.lower is not None and model.lower.computed == 4
+    assert not any(module.training for module in still.modules()) and model.backbone.model.layers[0].training
+
+
 def test_gradients_are_the_same() -> None:
     found = []
     ids, mask = build_batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from reward.reward_made import CATEGORIES, TEMPLATE, build_backbone, build_batch, build_reward
 
 import moelora
+from moelora import checkpoints
+from moelora.checkpoints import manifest
 from moelora.errors import CheckpointError, ConfigError, DataError, UserError
+from moelora.reward.categories import Category
 from moelora.reward.config import RewardConfig
 from moelora.reward.model import RewardModel
 from moelora.reward.stacked import first_layer, last_states
@@ -61,6 +65,7 @@ def test_without_categories_there_is_one_expert() -> None:
     ("options", "message"),
     [
         ({"categories": {"general": ["a"]}}, "general"),
+        ({"categories": {"a/b": Category(capabilities={"c": ""})}}, "'a/b' cannot be a name"),
         ({"base": "category"}, "no categories"),
         ({"categories": CATEGORIES, "aggregator": "mpl"}, "did you mean 'mlp'"),
         ({"categories": "nonsense"}, "dmoerm"),
@@ -281,6 +286,65 @@ def test_what_cannot_be_scored() -> None:
         model()
 
 
+@pytest.mark.parametrize("number", [2, -2, 7])
+def test_numbers_that_no_category_has_are_refused(number: int) -> None:
+    model, (ids, mask) = build_reward(), build_batch()
+    wrong = torch.tensor([0, number, 0, 1])
+    with pytest.raises(UserError, match=f"category_ids holds {number}: .* from -1 to 1"):
+        model(ids, mask, category_ids=wrong)
+    for each in (number, -1):  # the general expert has no aggregator
+        with pytest.raises(UserError, match=f"category_ids holds {each}: .* from 0 to 1"):
+            model(states=torch.zeros(2, 3, 32), category_ids=torch.tensor([0, each]))
+    with pytest.raises(UserError, match=r"view_ids holds 6: .* from 0 to 5"):
+        model(ids, mask, view_ids=torch.full((4, 1), model.reward.numbers["outer"]))
+
+
+def test_a_category_that_is_not_known_is_no_name() -> None:
+    with pytest.raises(ConfigError, match="category None is unknown: known are general, sums"):
+        build_reward().score(PROMPTS[:1], RESPONSES[:1], categories=[None])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("aggregator", ["mlp", "linear", "mean"])
+def test_small_modules_compute_in_float32_under_autocast(aggregator: str) -> None:
+    model, states = build_reward(aggregator=aggregator), torch.randn(4, 3, 32, generator=torch.manual_seed(3))
+    ids, mask = build_batch()
+    numbers = torch.tensor([0, 1, 1, 0])
+    expected = model(states=states, category_ids=numbers).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(states=states, category_ids=numbers).logits, expected)
+        assert torch.equal(model.parts.head("general", states[:, 0]), model.parts.head("general", states[:, 0].float()))
+        assert model.route(ids, mask)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("aggregator", ["mlp", "linear", "mean"])
+def test_a_model_cast_to_a_half_precision_gives_nearly_the_same(aggregator: str) -> None:
+    model, (ids, mask) = build_reward(aggregator=aggregator), build_batch()
+    numbers = torch.tensor([0, 1, -1, 1])
+    with torch.no_grad():
+        expected = model(ids, mask, category_ids=numbers).logits
+        sure = model.route(ids, mask)[1]
+        half = model.to(torch.bfloat16)
+        torch.testing.assert_close(half(ids, mask, category_ids=numbers).logits, expected, atol=0.02, rtol=0.05)
+        torch.testing.assert_close(half.route(ids, mask)[1], sure, atol=0.05, rtol=0.05)
+
+
+def test_what_a_reward_model_does_not_do_is_said_in_plain_words(tmp_path: Any) -> None:
+    model, (ids, mask) = build_reward(), build_batch()
+    before = model(ids, mask).logits
+    with pytest.raises(UserError, match="writes no text"):
+        model.generate(ids, max_new_tokens=2)
+    with model.disable_experts():
+        assert model.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (4, 14)
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        model.merge_and_unload()
+    with pytest.raises(ConfigError, match="has one adapter"):
+        model.add_adapter("other", TEMPLATE)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has one adapter"):
+        model.load_adapter(tmp_path, "other")
+    assert torch.equal(model(ids, mask).logits, before)
+
+
 # -- files -------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +362,44 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Any) -> None:
     assert any(name.startswith("reward.heads.letters/clean") for name in model.adapter_tensors())
     loaded.tokenizer = model.tokenizer
     assert loaded.score(PROMPTS, RESPONSES) == model.score(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"categories": "dmoerm"}, "categories: expected a mapping, found 'dmoerm'"),
+        ({"categories": ["a"]}, "categories: expected a mapping"),
+        ({"categories": {"a/b": ["c"]}}, "'a/b' cannot be a name"),
+        ({"categories": 7}, "categories: expected a mapping, found 7"),
+        ({"threshold": "much"}, "threshold"),
+        ({"threshold": -1}, "threshold"),
+        ({"unheard": 1}, "unknown key 'unheard'"),
+        ({"base": "category"}, "make 9 views, which are not those"),
+        ({"categories": {}, "base": "none"}, "leaves no expert"),
+        ({"categories": {f"c{number}": ["a"] for number in range(10_000)}}, "make 10002 views, which are not those"),
+        ({"aggregator": "linear"}, r"aggregators\.sums\.weights\.weight: expected \[1, 2\], but it is not there"),
+    ],
+)
+def test_a_damaged_section_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Any) -> None:
+    build_reward().save_pretrained(tmp_path)
+    path = tmp_path / "moelora_config.json"
+    content = json.loads(path.read_text())
+    content["reward"].update(change)
+    path.write_text(json.dumps(content))
+    manifest.write(tmp_path)
+    backbone = build_backbone()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        RewardModel.from_pretrained(tmp_path, backbone=backbone)
+    assert str(tmp_path) in str(caught.value) and "restore it" in str(caught.value)
+    assert not hasattr(backbone, "reward")
+
+
+def test_converted_it_is_still_a_reward_model(tmp_path: Any) -> None:
+    model, (ids, mask) = build_reward(), build_batch()
+    model.save_pretrained(tmp_path / "saved")
+    assert not checkpoints.convert(tmp_path / "saved", tmp_path / "copy", to="native").lost
+    loaded = RewardModel.from_pretrained(tmp_path / "copy", backbone=build_backbone())
+    assert rewards(loaded, ids, mask, [0, 1, -1, 1]).equal(rewards(model, ids, mask, [0, 1, -1, 1]))
 
 
 def test_a_mixture_is_no_reward_model(tmp_path: Any) -> None:
