@@ -1,7 +1,7 @@
 """CLIP models: loading one, what it makes of images and texts, and a small one that is trained here.
 
-A mixture goes on a CLIP model as on any other; names of its linears, in both encoders, are ``q_proj``, ``k_proj``,
-``v_proj``, ``out_proj``, ``fc1`` and ``fc2``.
+The small one needs ``pip install 'moelora[images]'``. A mixture goes on a CLIP model as on any other; names of its
+linears, in both encoders, are ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``fc1`` and ``fc2``.
 
 Shapes: N images, C classes, S tokens of a prompt.
 """
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
@@ -148,8 +147,3 @@ def small_clip(seed: int = 0) -> Path:
 def unit(embeds: Tensor) -> Tensor:
     """Rows of unit length."""
     return F.normalize(embeds, dim=-1)
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A source of random numbers on the CPU."""
-    return torch.Generator().manual_seed(seed)

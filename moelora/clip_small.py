@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -22,6 +21,8 @@ STEPS, BATCH, RATE, DECAY = 500, 128, 2e-3, 0.05
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """One token for each word, between a start and an end token; needs no file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     pad, start, unknown, end = SPECIAL
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))

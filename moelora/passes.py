@@ -117,7 +117,7 @@ class Passes:
         tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *first) if _is_batch(t)), None)
         if tokens is None:
             if len(self.contexts) > 1:  # a part of another input: what is known of the text is not true of it
-                self.slot.context = replace(before, token_mask=None, modality_mask=None)
+                self.slot.context = self._of_tower(replace(before, token_mask=None, modality_mask=None), args, kwargs)
             return
         batch, length = tokens.shape[:2]
         context = before.expand_to(batch)
@@ -131,6 +131,17 @@ class Passes:
         if self.scoring is not None and self.slot.enabled:
             context = self.scoring.before(context, args, kwargs)
         self.slot.context = context
+
+    def _of_tower(self, context: RoutingContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutingContext:
+        """What the caller said once for the whole batch holds for all images too, however many there are."""
+        rows = next((len(value) for value in (*args, *kwargs.values()) if _is_batch(value)), None)
+        said = {name: getattr(self.contexts[0], name) for name in RoutingContext.PER_SEQUENCE}
+        once: dict[str, Any] = {
+            name: value.expand(rows)
+            for name, value in said.items()
+            if rows is not None and isinstance(value, Tensor) and value.shape == (1,)
+        }
+        return replace(context, **once)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.scoring is not None and not (module is self.headless and len(self.contexts) > 1):

@@ -121,10 +121,10 @@ def _read(dataset: str, path: str, local: bool, shots: int, test_size: int | Non
             "train/<class>, validation/<class> and test/<class>"
         )
     names = _names(splits["train"], where)
-    train, test = _split(splits["train"], names, where), _split(splits["test"], names, where)
+    train, test = _split(splits["train"]), _split(splits["test"])
     val = ImageSplit([], np.zeros(0, dtype=np.int64))
     if "validation" in splits:
-        val = _shots(_split(splits["validation"], names, where), min(shots, VAL_SHOTS), seed)
+        val = _shots(_split(splits["validation"]), min(shots, VAL_SHOTS), seed)
     classes = tuple(name.replace("_", " ") for name in names)
     test = shortened(test, test_size, seed)
     return ImageTask(dataset, _shots(train, shots, seed), val, test, classes, TEMPLATES[dataset])
@@ -146,13 +146,9 @@ def _names(part: Any, where: str) -> list[str]:
     return [str(name) for name in names]
 
 
-def _split(part: Any, names: list[str], where: str) -> ImageSplit:
-    own = _names(part, where)
-    if others := sorted(set(own) - set(names)):
-        raise DataError(f"{where}: the class {others[0]!r} is in {part.split} and has no training image")
-    numbers = np.asarray([names.index(name) for name in own], dtype=np.int64)
+def _split(part: Any) -> ImageSplit:
     labels = np.asarray(part.select_columns("label")[:]["label"], dtype=np.int64)
-    return ImageSplit(_Decoded(part.select_columns("image")), numbers[labels])
+    return ImageSplit(_Decoded(part.select_columns("image")), labels)
 
 
 class _Decoded(Sequence[Any]):

@@ -1,0 +1,273 @@
+"""Continual learning of CLIP models: image tasks one after another, with experts in both encoders.
+
+The lifecycle, its files and its methods are those of ``trainers/continual.py``; what is another are the loss and how a
+task is scored. The loss is the cross-entropy of the images over the classes of their tasks, plus that of the classes
+over the images (:func:`~moelora.clip.clip_loss`, as MoRAM's released code has it); all prompts are encoded in every
+step, since the text encoder learns too. A task is scored by the share of its test images whose class the model finds
+among those of all tasks, learnt or not (X-TAIL), or of its own (MTIL).
+
+Shapes: N images of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..clip import Clip, clip_loss, load_clip
+from ..config import ImageSequenceData, Recipe
+from ..data.image_sequences import ImageSplit, ImageTask, read_image_sequence
+from ..data.sets import RecipeData, check_routers
+from ..errors import ConfigError, DataError
+from ..evaluation.clip import right_answers
+from ..mixture import MoELoRAModel
+from ..registry import TRAINERS
+from .continual import Content, Continual, ContinualTrainer
+from .continual_config import ContinualConfig
+from .continual_methods import CONTINUAL_METHODS, Method, Sequential
+from .continual_scores import Answering
+from .sft import SFTConfig, SFTTrainer
+
+# The batches hold no tokens that could be counted.
+DEFAULTS: dict[str, Any] = {"include_num_input_tokens_seen": "no"}
+
+
+class ClipConfig(ContinualConfig):
+    """Options of ``clip``, beside those of ``continual``.
+
+    Attributes:
+        among: the classes that a test image may be of: those of ``all`` tasks of the sequence, or of its ``own``.
+        eval_batch_size: images, and prompts, that are encoded at once.
+    """
+
+    kind: str = "clip"
+    among: Literal["all", "own"] = "all"
+    eval_batch_size: Annotated[int, Field(gt=0)] = 256
+
+    def training_arguments(self, output_dir: str | Path, seed: int) -> TrainingArguments:
+        own = self.model_copy(update={"args": {**DEFAULTS, **self.args}})
+        return super(ClipConfig, own).training_arguments(output_dir, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One image of a task; decoded when it is asked for.
+
+    Attributes:
+        place: of its task in the order. label: its class among those of the task.
+    """
+
+    place: int
+    split: ImageSplit
+    index: int
+
+    @property
+    def label(self) -> int:
+        return int(self.split.labels[self.index])
+
+
+class Pictures(Sequence[Picture]):
+    """The images of a part of a task."""
+
+    def __init__(self, place: int, split: ImageSplit) -> None:
+        self.place, self.split = place, split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Picture(self.place, self.split, range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class PictureTask:
+    """An image task at its place in an order, as the methods of ``trainers/continual_methods.py`` want tasks."""
+
+    place: int
+    images: ImageTask
+
+    @property
+    def name(self) -> str:
+        return self.images.name
+
+    @property
+    def train(self) -> Pictures:
+        return Pictures(self.place, self.images.train)
+
+    @property
+    def val(self) -> Pictures:
+        return Pictures(self.place, self.images.val)
+
+
+@dataclass(frozen=True)
+class PictureAnswering(Answering):
+    """How images are classified: among the classes of all tasks, or where there are none, of their own."""
+
+    rivals: tuple[ImageTask, ...] = ()
+
+    def score(self, model: MoELoRAModel, tokenizer: Any, task: Any) -> list[float]:
+        """For each test image 1 where its class was found, else 0; the processes of a run share the images."""
+        state, images = PartialState(), task.images
+        own = list(range(len(images.test)))[state.process_index :: state.num_processes]
+        among = self.rivals or (images,)
+        right = right_answers(model, tokenizer, images, among, indices=own, batch_size=self.batch_size) if own else []
+        found = dict(gather_object(list(zip(own, right, strict=True))))
+        return [found[index] for index in range(len(images.test))]
+
+
+class ClipTrainer(ContinualTrainer):
+    """:class:`~moelora.trainers.MixtureTrainer` for image tasks, of which a stage may have one or several.
+
+    Beside the loss it logs ``accuracy``, among the classes of the stage, and evaluates it.
+
+    Args:
+        model: a mixture on ``clip.model``. tasks: all of the sequence, in their order.
+        pictures: what to learn from. held_out: what to evaluate on.
+        method: what adds to the loss, and tells routers of a task; by default nothing.
+
+    Raises:
+        DataError: there is nothing to learn from.
+        ConfigError: ZeRO-3 or FSDP.
+    """
+
+    def __init__(
+        self,
+        model: MoELoRAModel,
+        args: TrainingArguments | None = None,
+        *,
+        clip: Clip,
+        tasks: Sequence[ImageTask],
+        pictures: Sequence[Picture],
+        held_out: Sequence[Picture] = (),
+        method: Method[Any] | None = None,
+        **trainer: Any,
+    ) -> None:
+        if not pictures:
+            raise DataError("there are no images to learn from")
+        # Those of earlier tasks may be among them (replay); a task whose classes are not is masked.
+        places = sorted({picture.place for picture in pictures})
+        self.clip, self.places = clip, places
+        counts = [len(task.classes) for task in tasks]
+        self.first = {place: sum(counts[other] for other in places if other < place) for place in places}
+        self.seen = sum(counts[: places[-1]]) - self.first[places[-1]]
+        held_out = [picture for picture in held_out if picture.place in self.first]
+        method = method or Sequential(Sequential.Config(kind="sequential"), list(tasks), 0)
+        super().__init__(
+            model,
+            args,
+            method=method,
+            data_collator=self.collate,
+            train_dataset=pictures,
+            eval_dataset=held_out or None,
+            **trainer,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over images, not over tokens of a step
+        self.label_names = ["labels"]
+        self.texts = clip.texts([prompt for place in places for prompt in tasks[place].prompts])
+        self.context = method.context(places[0]) if len(places) == 1 else {}
+
+    def collate(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        """``pixel_values`` (N, 3, H, W) and ``labels`` (N,) among the classes of the stage."""
+        images = [image for picture in pictures for image in picture.split.take([picture.index])]
+        labels = [self.first[picture.place] + picture.label for picture in pictures]
+        return {"pixel_values": self.clip.pixels(images), "labels": torch.tensor(labels)}
+
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
+        labels = inputs["labels"]
+        more = {name: value for name, value in inputs.items() if name != "labels"}
+        known = {name: value.to(labels.device) for name, value in {**self.texts, **self.context}.items()}
+        made = model(**known, **more)
+        backbone: Any = self.model.backbone
+        scale = backbone.logit_scale.exp()
+        loss = clip_loss(made.image_embeds, made.text_embeds, scale, labels, self.seen)
+        found = (made.image_embeds @ made.text_embeds.T).argmax(dim=1) == labels
+        told = {"task_loss": loss, "metrics": {"accuracy": found.float().mean()}}
+        if "aux_losses" in made:
+            told["aux_losses"] = made.aux_losses
+        if "aux_loss" in made and self.model.training:
+            loss = loss + self.aux_scale * made.aux_loss
+        return loss, told
+
+
+class ClipContent(Content):
+    """What a run on images works on; its carrier is a CLIP model, with what makes its inputs for a tokenizer."""
+
+    def carrier(self) -> tuple[PreTrainedModel, Any]:
+        if self._carrier is None:
+            clip = load_clip(self.recipe.backbone)
+            if getattr(clip.model, "hf_device_map", None) is None:  # else it lies where it was quantised
+                clip.model.to(self.args.device)
+            self._carrier = clip.model, clip
+        return self._carrier
+
+    @property
+    def images(self) -> list[ImageTask]:
+        """The tasks in their order."""
+        tasks: list[Any] = self.tasks
+        return [task.images for task in tasks]
+
+    @property
+    def answering(self) -> Answering:
+        config = self.recipe.trainer
+        rivals = tuple(self.images) if config.among == "all" else ()
+        return PictureAnswering(0, config.eval_batch_size, rivals)
+
+
+@TRAINERS.register("clip")
+class ClipRun(Continual):
+    """What ``moelora train`` does with a recipe whose trainer is ``clip``."""
+
+    Config: ClassVar[type[SFTConfig]] = ClipConfig
+    Trainer: ClassVar[type[SFTTrainer]] = ClipTrainer
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        if not isinstance(recipe.data, ImageSequenceData):
+            kind = "none" if recipe.data is None else f"of kind {recipe.data.kind!r}"
+            raise ConfigError(
+                f"trainer kind 'clip' learns a sequence of image tasks, but the data are {kind}: set data to "
+                "{kind: images, name: digits, order: a}"
+            )
+        CONTINUAL_METHODS.get(recipe.trainer.method.kind).check_mixture(recipe.mixture)
+        check_routers(recipe)
+
+    @classmethod
+    def examples_of(cls, recipe: Recipe) -> Any:
+        data = recipe.data
+        assert isinstance(data, ImageSequenceData)
+        options: dict[str, Any] = {name: getattr(data, name) for name in ("shots", "test_size", "seed", "path")}
+        sequence = read_image_sequence(data.name, **options)
+        tasks: list[Any] = [PictureTask(place, task) for place, task in enumerate(sequence.ordered(data.order))]
+        config = recipe.trainer.method
+        method = CONTINUAL_METHODS.create(config.kind, config, tasks, recipe.seed)
+        args = recipe.trainer.training_arguments(recipe.output_dir, recipe.seed)
+        return ClipContent(recipe, args, f"{sequence.name} {sequence.version}, order {data.order}", tasks, method)
+
+    @classmethod
+    def trainer_of(
+        cls, recipe: Recipe, model: MoELoRAModel, content: RecipeData, args: TrainingArguments, **options: Any
+    ) -> SFTTrainer:
+        clip: Clip = model.tokenizer
+        model.tokenizer = clip.tokenizer
+        method = options["method"]
+        return ClipTrainer(
+            model,
+            args,
+            clip=clip,
+            tasks=[task.images for task in method.tasks],
+            pictures=content.train,
+            held_out=content.test,
+            **{"callbacks": recipe.trainer.callbacks(), **recipe.trainer.trainer_options(), **options},
+        )
