@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Description:
         sites: for each entry of ``mixture.sites`` the names of its sites.
         parameters: of the adapter, over all experts and routers. dtypes: parameters by dtype.
         bytes: size of all files. damage: what does not agree with the manifest, ``None`` where there is no manifest.
+        reward: of a reward model its configuration, see ``moelora/reward/config.py``.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Description:
     dtypes: dict[str, int]
     bytes: int
     damage: list[str] | None
+    reward: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -71,4 +73,5 @@ def describe(path: str | Path, **hub: Any) -> Description:
         dtypes=dtypes,
         bytes=sum((folder / name).stat().st_size for name in names if regular_file(folder / name)),
         damage=manifest.problems(folder) if whole else None,
+        reward=stored.reward,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .common import (
@@ -58,12 +58,22 @@ def _lines(found: Description) -> Iterator[str]:
     else:
         yield f"damage: {len(found.damage) or 'none'}"
         yield from (f"  {problem}" for problem in found.damage)
+    if found.reward is not None:
+        yield f"reward model: {_reward(found.reward)}"
     for entry, names in _groups(found):
         yield f"sites: {len(names)}, {_places(names)}"
         yield f"  experts: {_experts(entry.experts)}"
         yield f"  router: {_router(entry.router)}"
     if found.mixture.modules_to_save:
         yield f"saved whole: {', '.join(found.mixture.modules_to_save)}"
+
+
+def _reward(reward: Mapping[str, Any]) -> str:
+    """Its categories with their capabilities."""
+    categories = reward.get("categories") or {}
+    named = [f"{name} ({', '.join(content.get('capabilities', ()))})" for name, content in categories.items()]
+    about = f"base {reward.get('base')}, aggregator {reward.get('aggregator')}"
+    return f"{'; '.join(named)}; {about}" if named else "a single one, without categories"
 
 
 def _backbone(found: Description) -> str:

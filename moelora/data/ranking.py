@@ -80,6 +80,9 @@ class Ranking:
         for number, response in enumerate(self.responses):
             if not isinstance(response, str):
                 return f"response {number} is {response!r}; a text is wanted"
+        for text in (*(message["content"] for message in self.prompt), *self.responses):
+            if not is_unicode(text):
+                return f"{text[:60]!r} has half of a surrogate pair, which is no text: mend or leave out the row"
         if self.scores is not None and len(self.scores) != len(self.responses):
             return f"there are {len(self.scores)} scores for {len(self.responses)} responses"
         for name, found in {"": self.comparisons, **self.capabilities}.items():
@@ -93,6 +96,15 @@ def _in_order(found: Iterable[Comparison]) -> tuple[Comparison, ...]:
     """By the smaller and then the larger response; of a tie the smaller one first."""
     same = (Comparison(min(c.winner, c.loser), max(c.winner, c.loser), tie=True) if c.tie else c for c in found)
     return tuple(sorted(same, key=lambda c: (min(c.winner, c.loser), max(c.winner, c.loser))))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problem_of(found: Iterable[Comparison], count: int) -> str | None:
@@ -152,9 +164,9 @@ def comparisons(
 def check_order(values: Order) -> None:
     """Raise :class:`DataError` unless every entry is a number or ``None``."""
     for place, value in enumerate(values):
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)):
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
             continue
-        raise DataError(f"entry {place} is {value!r}; a number or null is wanted")
+        raise DataError(f"entry {place} is {value!r}; a finite number or null is wanted")
 
 
 def _margin(scores: Order | None, winner: int, loser: int, unit: float) -> float:

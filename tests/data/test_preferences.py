@@ -73,7 +73,7 @@ class TestComparisons:
 
     @pytest.mark.parametrize("bad", ["1", True, float("nan"), [1]])
     def test_entries_are_numbers(self, bad: Any) -> None:
-        with pytest.raises(DataError, match=r"entry 1 is .*; a number or null is wanted"):
+        with pytest.raises(DataError, match=r"entry 1 is .*; a finite number or null is wanted"):
             comparisons([1, bad])
 
     @pytest.mark.parametrize(
@@ -313,3 +313,17 @@ class TestLayouts:
     def test_what_is_refused(self, tmp_path: Path, row: dict[str, Any], columns: Any, message: str) -> None:
         with pytest.raises(DataError, match=rf"x\.jsonl: .*{message}"):
             read(tmp_path / "x.jsonl", [row], **columns)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "fine \udfff"])
+def test_halves_of_characters_are_refused(text: str) -> None:
+    prompt = ({"role": "user", "content": "a"},)
+    with pytest.raises(DataError, match=r"row 7: .*surrogate"):
+        Ranking(prompt=prompt, responses=("b", text), where="row 7")
+    with pytest.raises(DataError, match="surrogate"):
+        Ranking(prompt=({"role": "user", "content": text},), responses=("b",))
+
+
+def test_endless_scores_are_refused() -> None:
+    with pytest.raises(DataError, match="finite"):
+        comparisons(scores=[1.0, float("inf")])

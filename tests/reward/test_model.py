@@ -432,3 +432,15 @@ def test_an_answer_whose_first_token_is_one_with_the_header_is_found() -> None:
         assert model.prompt_lengths(tokens, torch.ones_like(tokens)).tolist() == [start]
     bare = torch.tensor([[30, 31, 32]])
     assert model.prompt_lengths(bare, torch.ones_like(bare)).tolist() == [3]
+
+
+def test_info_tells_a_reward_model(tmp_path: Any) -> None:
+    from typer.testing import CliRunner
+
+    from moelora.cli.app import app
+
+    build_reward().save_pretrained(tmp_path / "saved")
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "saved")])
+    assert "reward model: sums (right, short); letters (right, clean, short); base shared" in shown.output, shown.output
+    build_reward(categories={}).save_pretrained(tmp_path / "single")
+    assert "without categories" in CliRunner().invoke(app, ["info", str(tmp_path / "single")]).output
