@@ -20,11 +20,13 @@ from .config_files import read_mapping as read_mapping
 from .data_config import ColumnsConfig as ColumnsConfig
 from .data_config import DataConfig as DataConfig
 from .data_config import DatasetData as DatasetData
+from .data_config import ImageSequenceData as ImageSequenceData
 from .data_config import MixtureData as MixtureData
 from .data_config import PreferenceColumns as PreferenceColumns
 from .data_config import PreferenceData as PreferenceData
 from .data_config import ReasoningGymData as ReasoningGymData
 from .data_config import SampledPreferenceData as SampledPreferenceData
+from .data_config import SequenceData as SequenceData
 from .errors import ConfigError
 from .registry import EXPERTS, ROUTERS, TRAINERS, closest
 from .schema import Closed as Closed

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from .image_config import ImageSequenceData as ImageSequenceData
 from .sampled_config import SampledPreferenceData as SampledPreferenceData
 from .sampled_config import SampledTasks as SampledTasks
 from .schema import Closed
+from .sequence_config import SequenceData as SequenceData
 
 TaskType = Literal[0, 1]
 
@@ -292,5 +294,6 @@ class PreferenceData(TableData):
 
 
 DataConfig = Annotated[
-    ReasoningGymData | DatasetData | MixtureData | PreferenceData | SampledPreferenceData, Field(discriminator="kind")
+    ReasoningGymData | DatasetData | MixtureData | PreferenceData | SampledPreferenceData | ImageSequenceData | SequenceData,
+    Field(discriminator="kind"),
 ]

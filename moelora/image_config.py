@@ -14,7 +14,7 @@ class ImageSequenceData(Closed):
 
     Attributes:
         name: ``digits``, which needs no download, ``x-tail`` or ``mtil``.
-        order: of the tasks; ``a``, ``b``, ``c`` of the first, ``I``, ``II`` of the others.
+        order: of the tasks; ``a``, ``b``, ``c`` of the first, ``I``, ``II`` of the others. ``None`` is ``a`` or ``I``.
         shots: training images of each class.
         test_size: at most so many test images of each task; ``None`` means all.
         seed: of the choice of training images.
@@ -23,7 +23,7 @@ class ImageSequenceData(Closed):
 
     kind: Literal["images"] = "images"
     name: str = "digits"
-    order: str
+    order: str | None = None
     shots: Annotated[int, Field(gt=0)] = 16
     test_size: Annotated[int, Field(gt=0)] | None = None
     seed: int = 0

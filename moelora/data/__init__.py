@@ -22,6 +22,10 @@ from .preferences import write_rankings as write_rankings
 from .ranking_set import RankingCollator as RankingCollator
 from .ranking_set import RankingSet as RankingSet
 from .ranking_set import ResponseFormat as ResponseFormat
+from .sequences import SEQUENCES as SEQUENCES
+from .sequences import Task as Task
+from .sequences import TaskSequence as TaskSequence
+from .sequences import read_sequence as read_sequence
 from .sets import RecipeData as RecipeData
 from .sets import read_data as read_data
 from .streaming import StreamedSet as StreamedSet

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from ..config import DatasetData, MixtureData, PreferenceData, ReasoningGymData, SampledPreferenceData
+from ..config import (
+    DatasetData,
+    ImageSequenceData,
+    MixtureData,
+    PreferenceData,
+    ReasoningGymData,
+    SampledPreferenceData,
+    SequenceData,
+)
 from ..data_config import DataConfig
 from ..errors import ConfigError
 from . import gym, tables
@@ -27,7 +35,7 @@ def load_examples(config: DataConfig, task: str | None = None) -> Splits:
         task: of the rows of a user's table, where no column says it.
 
     Raises:
-        ConfigError: the data are rankings, which have no answers to learn.
+        ConfigError: the data are rankings, which have no answers to learn, or a sequence of tasks.
         DataError: a file, column, task or package is missing; a cell is empty; or nothing is left to train on.
     """
     config = examples_only(config)
@@ -46,8 +54,14 @@ def examples_only(config: DataConfig) -> ReasoningGymData | DatasetData | Mixtur
     """The configuration itself, if it describes examples.
 
     Raises:
-        ConfigError: it describes rankings, which have no answers to learn.
+        ConfigError: it describes rankings, which have no answers to learn, or tasks that are learnt one after another.
     """
+    if isinstance(config, SequenceData | ImageSequenceData):
+        trainer = "continual" if isinstance(config, SequenceData) else "clip"
+        raise ConfigError(
+            f"data.kind: {config.kind} describes tasks that are learnt one after another; trainer: {{kind: {trainer}}} "
+            "takes it"
+        )
     if isinstance(config, PreferenceData | SampledPreferenceData):
         raise ConfigError(
             f"data.kind: {config.kind} says which responses are better, and holds no answers to learn; "
