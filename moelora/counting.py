@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .backbone import load_tokenizer
-from .config import Recipe
+from .config import DataConfig, Recipe, SequenceData
 from .errors import UserError
 from .gguf import DEFAULT_BACKBONE, GGUF_SHA256, cache_folder
+
+if TYPE_CHECKING:
+    from .data import Example
 
 # More are not tokenised for a plan: the mean of so many is good enough.
 SAMPLE = 2000
@@ -58,14 +61,14 @@ def count_data(recipe: Recipe, world: int) -> Data:
     fixed = int(args["max_steps"]) if int(args["max_steps"]) > 0 else None
     if recipe.data is None:
         return Data(None, None, False, fixed, batch, ["the recipe names no data"])
-    from .data import load_examples, tokenize
+    from .data import tokenize
     from .data.examples import streamed
     from .data.packing import packed
 
     if streamed(recipe.data):
         return Data(None, None, False, fixed, batch, ["examples, which are streamed"])
     try:
-        examples = load_examples(recipe.data).train
+        examples = _examples(recipe.data)
     except UserError as error:
         return Data(None, None, False, fixed, batch, [str(error)])
     unknown: list[str] = []
@@ -79,13 +82,23 @@ def count_data(recipe: Recipe, world: int) -> Data:
         kept = packed(rows, recipe.max_length) if recipe.packing else rows
         count = len(kept) if exact else round(len(kept) * len(examples) / SAMPLE)
     steps = fixed
-    if "stages" in type(recipe.trainer).model_fields:
+    if "stages" in type(recipe.trainer).model_fields or isinstance(recipe.data, SequenceData):
         steps = None
         unknown.append("steps, which each stage has of its own")
     elif fixed is None and (tokenizer is not None or not recipe.packing):
         batches = math.ceil(math.ceil(count / size) / world)
         steps = math.ceil(float(args["num_train_epochs"]) * max(1, math.ceil(batches / accumulation)))
     return Data(count, tokens, exact, steps, batch, unknown)
+
+
+def _examples(config: DataConfig) -> list[Example]:
+    """All training examples; those of a sequence mixed, so that a sample is of all tasks."""
+    from .data import load_examples, mix
+    from .data.sequences import read_sequence
+
+    if isinstance(config, SequenceData):
+        return mix((example for task in read_sequence(config).ordered(config.order) for example in task.train), 0)
+    return load_examples(config).train
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:

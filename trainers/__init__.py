@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ..registry import TRAINERS
-from . import lora_mixer, remix, reward, sft
+from . import clip, continual, lora_mixer, remix, reward, sft
 from .alarm import AlarmConfig, CollapseAlarm
+from .clip import ClipTrainer
+from .continual import ContinualTrainer
 from .live import LiveProgress, TimeBudget
 from .lora_mixer import LoRAMixerTrainer
 from .mixture_trainer import MixtureTrainer
@@ -19,7 +21,9 @@ get = TRAINERS.get
 __all__ = [
     "TRAINERS",
     "AlarmConfig",
+    "ClipTrainer",
     "CollapseAlarm",
+    "ContinualTrainer",
     "GroupOptions",
     "LiveProgress",
     "LoRAMixerTrainer",
@@ -28,6 +32,8 @@ __all__ = [
     "RewardTrainer",
     "SFTTrainer",
     "TimeBudget",
+    "clip",
+    "continual",
     "get",
     "lora_mixer",
     "names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,14 @@ Resume = Annotated[
         metavar="FOLDER|latest|auto",
         help="Go on from this checkpoint folder, or from the run's newest whole one: `latest`; `auto` starts afresh "
         "where there is none.",
+    ),
+]
+Sequence = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Learn this sequence of tasks, one after another, with a recipe whose trainer is `continual`: sets "
+        "`data`; overrides such as `data.order=b` come after it.",
     ),
 ]
 DryRun = Annotated[
@@ -43,6 +52,7 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     resume: Resume = None,
+    sequence: Sequence = None,
     dry_run: DryRun = False,
     backbone_config: BackboneShape = None,
     as_json: AsJson = False,
@@ -50,11 +60,13 @@ def train(
 ) -> None:
     """Train a mixture as a recipe says.
 
-    Example: `moelora train mixlora 'data={kind: dataset, path: my.jsonl}' trainer.args.learning_rate=1e-3`
+    Example: `moelora train mixlora 'data={kind: dataset, path: my.jsonl}' trainer.args.learning_rate=1e-3`,
+    or `moelora train moram --sequence reasoning-gym-8`
     """
     from ..config import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    first = [] if sequence is None else [f"data={json.dumps({'kind': 'sequence', 'name': sequence})}"]
+    loaded = load_recipe(recipe, [*first, *(overrides or ())])
     if dry_run:
         dry_run_of(loaded, 1, backbone_config, as_json)
         return
