@@ -97,6 +97,7 @@ class PictureTask:
 
     place: int
     images: ImageTask
+    epochs: None = None  # the sequences of images were published with a number of steps
 
     @property
     def name(self) -> str:
@@ -253,7 +254,8 @@ class ClipRun(Continual):
         config = recipe.trainer.method
         method = CONTINUAL_METHODS.create(config.kind, config, tasks, recipe.seed)
         args = recipe.trainer.training_arguments(recipe.output_dir, recipe.seed)
-        return ClipContent(recipe, args, f"{sequence.name} {sequence.version}, order {data.order}", tasks, method)
+        order = next(iter(sequence.orders)) if data.order is None else data.order
+        return ClipContent(recipe, args, f"{sequence.name} {sequence.version}, order {order}", tasks, method)
 
     @classmethod
     def trainer_of(

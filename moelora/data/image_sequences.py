@@ -119,12 +119,13 @@ class ImageSequence:
                     f"{', '.join(names)} once"
                 )
 
-    def ordered(self, order: str) -> list[ImageTask]:
-        """The tasks in an order.
+    def ordered(self, order: str | None = None) -> list[ImageTask]:
+        """The tasks in an order; ``None`` is the first.
 
         Raises:
             ConfigError: there is no such order.
         """
+        order = next(iter(self.orders)) if order is None else order
         if order not in self.orders:
             raise ConfigError(
                 f"sequence {self.name!r} has no order {order!r}: orders are {', '.join(self.orders)}"
