@@ -228,8 +228,9 @@ class AccuracyMatrix:
 
 def plain(values: Array) -> list[Any]:
     """Nested lists with ``None`` for NaN."""
-    found: list[Any] = np.where(np.isnan(values), None, values.astype(object)).tolist()
-    return found
+    cells = values.astype(object)
+    cells[np.isnan(values)] = None
+    return list(cells.tolist())
 
 
 def _array(values: Sequence[Any]) -> Array:
