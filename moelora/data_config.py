@@ -294,6 +294,12 @@ class PreferenceData(TableData):
 
 
 DataConfig = Annotated[
-    ReasoningGymData | DatasetData | MixtureData | PreferenceData | SampledPreferenceData | ImageSequenceData | SequenceData,
+    ReasoningGymData
+    | DatasetData
+    | MixtureData
+    | PreferenceData
+    | SampledPreferenceData
+    | ImageSequenceData
+    | SequenceData,
     Field(discriminator="kind"),
 ]

@@ -6,7 +6,7 @@ Shapes: N responses of a batch, S sequence (the longest of them), P comparisons 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,6 +160,9 @@ class RankingSet(Dataset[RankingRow]):
 
     def __getitem__(self, index: int) -> RankingRow:
         return self.rows[index]
+
+    def __iter__(self) -> Iterator[RankingRow]:
+        return iter(self.rows)
 
     def _rows(
         self,
