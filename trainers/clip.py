@@ -164,7 +164,7 @@ class ClipTrainer(ContinualTrainer):
         self.first = {place: sum(counts[other] for other in places if other < place) for place in places}
         self.seen = sum(counts[: places[-1]]) - self.first[places[-1]]
         held_out = [picture for picture in held_out if picture.place in self.first]
-        method = method or Sequential(Sequential.Config(kind="sequential"), list(tasks), 0)
+        method = method or Sequential(Sequential.Config(kind="sequential"), [], 0)
         super().__init__(
             model,
             args,
@@ -208,8 +208,9 @@ class ClipContent(Content):
     def carrier(self) -> tuple[PreTrainedModel, Any]:
         if self._carrier is None:
             clip = load_clip(self.recipe.backbone)
-            if getattr(clip.model, "hf_device_map", None) is None:  # else it lies where it was quantised
-                clip.model.to(self.args.device)
+            model: Any = clip.model
+            if getattr(model, "hf_device_map", None) is None:  # else it lies where it was quantised
+                model.to(self.args.device)
             self._carrier = clip.model, clip
         return self._carrier
 
@@ -264,12 +265,14 @@ class ClipRun(Continual):
         clip: Clip = model.tokenizer
         model.tokenizer = clip.tokenizer
         method = options["method"]
+        pictures: Any = content.train
+        held_out: Any = content.test
         return ClipTrainer(
             model,
             args,
             clip=clip,
             tasks=[task.images for task in method.tasks],
-            pictures=content.train,
-            held_out=content.test,
+            pictures=pictures,
+            held_out=held_out,
             **{"callbacks": recipe.trainer.callbacks(), **recipe.trainer.trainer_options(), **options},
         )
