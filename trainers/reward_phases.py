@@ -219,7 +219,8 @@ class Aggregate(Phase):
             return self._with_states(rows)
 
     def untaught(self, examples: Examples) -> list[str]:
-        return _missing(self.model.reward.names, {each.row.category_id for each in examples}, "ranking", "aggregator")
+        known = {each.row.category_id for each in examples if isinstance(each, StatesRow)}
+        return _missing(self.model.reward.names, known, "ranking", "aggregator")
 
     def _with_states(self, rows: Sequence[RankingRow]) -> list[StatesRow]:
         texts = [(number, row.category_id, ids) for number, row in enumerate(rows) for ids in row.input_ids]
