@@ -9,6 +9,9 @@ from pydantic import Field
 from .schema import Closed
 
 
+IMAGE_SEQUENCE_NAMES = ("digits", "x-tail", "mtil")
+
+
 class ImageSequenceData(Closed):
     """A sequence of image classification tasks, for CLIP models; see ``moelora/data/image_sequences.py``.
 

@@ -65,7 +65,10 @@ def train(
     """
     from ..config import load_recipe
 
-    first = [] if sequence is None else [f"data={json.dumps({'kind': 'sequence', 'name': sequence})}"]
+    from ..image_config import IMAGE_SEQUENCE_NAMES
+
+    kind = "images" if sequence in IMAGE_SEQUENCE_NAMES else "sequence"
+    first = [] if sequence is None else [f"data={json.dumps({'kind': kind, 'name': sequence})}"]
     loaded = load_recipe(recipe, [*first, *(overrides or ())])
     if dry_run:
         dry_run_of(loaded, 1, backbone_config, as_json)

@@ -209,3 +209,10 @@ def test_files_that_do_not_fit_are_explained(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: not read as an image folder"):
         _read("empty", str(tmp_path), True, 2, None, 0)
+
+
+def test_the_command_line_knows_them_by_name() -> None:
+    from moelora.data.image_sequences import IMAGE_SEQUENCES
+    from moelora.image_config import IMAGE_SEQUENCE_NAMES
+
+    assert set(IMAGE_SEQUENCE_NAMES) == set(IMAGE_SEQUENCES)
