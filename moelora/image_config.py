@@ -8,7 +8,6 @@ from pydantic import Field
 
 from .schema import Closed
 
-
 IMAGE_SEQUENCE_NAMES = ("digits", "x-tail", "mtil")
 
 

@@ -64,7 +64,6 @@ def train(
     or `moelora train moram --sequence reasoning-gym-8`
     """
     from ..config import load_recipe
-
     from ..image_config import IMAGE_SEQUENCE_NAMES
 
     kind = "images" if sequence in IMAGE_SEQUENCE_NAMES else "sequence"
