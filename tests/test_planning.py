@@ -74,8 +74,9 @@ def test_every_card_is_planned_as_it_is_built(card: str, tiny_llama: Any, tmp_pa
         site["layers"] = None  # those of a card may not be among two
     sites = given["mixture"]["sites"]
     given["mixture"]["sites"] = sites[:1] if len({str(site["target"]) for site in sites}) < len(sites) else sites
-    planned = plan(Recipe.parse(given))
-    built = moelora.attach(tiny_llama, given["mixture"])
+    read = Recipe.parse(given)
+    planned = plan(read)
+    built = read.trainer.attach(tiny_llama, read.mixture)
     parameters = list(built.parameters())
     assert sum(planned.trained.values()) == sum(p.numel() for p in parameters if p.requires_grad)
     assert sum(planned.frozen.values()) == sum(p.numel() for p in parameters if not p.requires_grad)

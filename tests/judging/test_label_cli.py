@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,10 @@ def test_a_terminal_sees_a_bar_and_what_was_cut_off(run: Run, monkeypatch: pytes
 def test_killed_it_loses_nothing_and_pays_nothing_twice(folder: Path, run: Run, kill: signal.Signals) -> None:
     with serving(longer, delay=0.1) as seen:
         words = command(folder, seen.url, "--concurrency", "3")
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # A shell starts what runs in its background deaf to SIGINT, and children inherit that.
+        hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(words, env=environment(), preexec_fn=hearing, **pipes) as process:
             while sum(seen.answered.values()) < 12:
                 assert process.poll() is None
                 time.sleep(0.01)
