@@ -105,9 +105,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _say(message: str) -> None:
+    from rich.text import Text
+
     rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    stderr().print("[bold red]error:[/] " if rank is None else f"[bold red]error (rank {rank}):[/] ", end="")
-    stderr().print(message, markup=False, highlight=False, soft_wrap=True)
+    # At once: several processes may write to one terminal.
+    begin = "error:" if rank is None else f"error (rank {rank}):"
+    stderr().print(Text.assemble((begin, "bold red"), " ", message), highlight=False, soft_wrap=True)
 
 
 def _log_to_stderr(level: int) -> None:
