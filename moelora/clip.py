@@ -9,21 +9,19 @@ Shapes: N images, C classes, S tokens of a prompt.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, CLIPConfig, CLIPModel, PreTrainedModel
 
 from . import backbone as loading
 from .config import BackboneConfig
 from .errors import UserError
-from .gguf import cache_folder
+from .gguf import made_once
 
 logger = logging.getLogger(__name__)
 
@@ -120,28 +118,15 @@ def small_clip(seed: int = 0) -> Path:
     :func:`~moelora.data.image_digits.digits_base`; the same seed and machine give the same weights. It takes less than
     a minute of one core.
     """
-    name = f"{SMALL}-{SMALL_VERSION}-{seed}"
-    cache = cache_folder() / "backbones"
-    final, staging = cache / name, cache / f"{name}.partial"
-    if final.is_dir():
-        return final
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
-            if not final.is_dir():
-                from .clip_small import train_small
 
-                shutil.rmtree(staging, ignore_errors=True)
-                clip = train_small(seed)
-                for part in (clip.model, clip.tokenizer, clip.images):
-                    part.save_pretrained(staging)
-                staging.rename(final)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the small CLIP model to {cache}: {error}; free some space there, or set MOELORA_CACHE to a "
-            "folder that can be written"
-        ) from error
-    return final
+    def make(staging: Path, work: Path) -> None:
+        from .clip_small import train_small
+
+        clip = train_small(seed)
+        for part in (clip.model, clip.tokenizer, clip.images):
+            part.save_pretrained(staging)
+
+    return made_once(f"{SMALL}-{SMALL_VERSION}-{seed}", "the small CLIP model", make)
 
 
 def unit(embeds: Tensor) -> Tensor:

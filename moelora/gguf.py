@@ -72,10 +72,21 @@ def converted(file: str | Path) -> Path:
 
 
 def _published(name: str, obtain: Callable[[Path], Path]) -> Path:
-    """The folder ``name`` of the cache; made by converting the GGUF file that ``obtain(work folder)`` returns.
+    """The folder ``name`` of the cache; made by converting the GGUF file that ``obtain(work folder)`` returns."""
+    return made_once(name, "the converted backbone", lambda staging, work: _convert(obtain(work), staging))
 
-    One process converts while others wait. The folder appears by a rename, so that it is whole or absent; what a killed
+
+def made_once(name: str, what: str, make: Callable[[Path, Path], None]) -> Path:
+    """The backbone folder ``name`` of the cache, which ``make(folder to fill, folder to work in)`` makes if need be.
+
+    One process makes it while others wait. The folder appears by a rename, so that it is whole or absent; what a killed
     process left behind is removed by the next one.
+
+    Args:
+        what: the noun of the message where it cannot be written.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     cache = cache_folder() / "backbones"
     final, staging, work = cache / name, cache / f"{name}.partial", cache / f"{name}.source"
@@ -89,7 +100,7 @@ def _published(name: str, obtain: Callable[[Path], Path]) -> Path:
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir()
                 try:
-                    _convert(obtain(work), staging)
+                    make(staging, work)
                     _sync(staging)
                     staging.rename(final)
                 finally:
@@ -97,8 +108,8 @@ def _published(name: str, obtain: Callable[[Path], Path]) -> Path:
                         shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"cannot write the converted backbone to {cache}: {error}; free some space there, or set MOELORA_CACHE to "
-            "a folder that can be written"
+            f"cannot write {what} to {cache}: {error}; free some space there, or set MOELORA_CACHE to a folder that "
+            "can be written"
         ) from error
     return final
 

@@ -26,14 +26,14 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..clip import Clip, clip_loss, load_clip
 from ..config import ImageSequenceData, Recipe
 from ..data.image_sequences import ImageSplit, ImageTask, read_image_sequence
-from ..data.sets import RecipeData, check_routers
-from ..errors import ConfigError, DataError
+from ..data.sets import RecipeData
+from ..errors import DataError
 from ..evaluation.clip import right_answers
 from ..mixture import MoELoRAModel
 from ..registry import TRAINERS
 from .continual import Content, Continual, ContinualTrainer
 from .continual_config import ContinualConfig
-from .continual_methods import CONTINUAL_METHODS, Method, Sequential
+from .continual_methods import Method, Sequential
 from .continual_scores import Answering
 from .sft import SFTConfig, SFTTrainer
 
@@ -205,14 +205,9 @@ class ClipTrainer(ContinualTrainer):
 class ClipContent(Content):
     """What a run on images works on; its carrier is a CLIP model, with what makes its inputs for a tokenizer."""
 
-    def carrier(self) -> tuple[PreTrainedModel, Any]:
-        if self._carrier is None:
-            clip = load_clip(self.recipe.backbone)
-            model: Any = clip.model
-            if getattr(model, "hf_device_map", None) is None:  # else it lies where it was quantised
-                model.to(self.args.device)
-            self._carrier = clip.model, clip
-        return self._carrier
+    def load(self) -> tuple[PreTrainedModel, Any]:
+        clip = load_clip(self.recipe.backbone)
+        return clip.model, clip
 
     @property
     def images(self) -> list[ImageTask]:
@@ -233,30 +228,18 @@ class ClipRun(Continual):
 
     Config: ClassVar[type[SFTConfig]] = ClipConfig
     Trainer: ClassVar[type[SFTTrainer]] = ClipTrainer
+    State: ClassVar[type[Content]] = ClipContent
+    Data: ClassVar[type[Any]] = ImageSequenceData
+    learns: ClassVar[str] = "a sequence of image tasks"
+    wanted: ClassVar[str] = "{kind: images, name: digits, order: a}"
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
-        if not isinstance(recipe.data, ImageSequenceData):
-            kind = "none" if recipe.data is None else f"of kind {recipe.data.kind!r}"
-            raise ConfigError(
-                f"trainer kind 'clip' learns a sequence of image tasks, but the data are {kind}: set data to "
-                "{kind: images, name: digits, order: a}"
-            )
-        CONTINUAL_METHODS.get(recipe.trainer.method.kind).check_mixture(recipe.mixture)
-        check_routers(recipe)
-
-    @classmethod
-    def examples_of(cls, recipe: Recipe) -> Any:
-        data = recipe.data
-        assert isinstance(data, ImageSequenceData)
-        options: dict[str, Any] = {name: getattr(data, name) for name in ("shots", "test_size", "seed", "path")}
-        sequence = read_image_sequence(data.name, **options)
-        tasks: list[Any] = [PictureTask(place, task) for place, task in enumerate(sequence.ordered(data.order))]
-        config = recipe.trainer.method
-        method = CONTINUAL_METHODS.create(config.kind, config, tasks, recipe.seed)
-        args = recipe.trainer.training_arguments(recipe.output_dir, recipe.seed)
-        order = next(iter(sequence.orders)) if data.order is None else data.order
-        return ClipContent(recipe, args, f"{sequence.name} {sequence.version}, order {order}", tasks, method)
+    def tasks_of(cls, config: Any) -> tuple[str, list[Any]]:
+        options: dict[str, Any] = {name: getattr(config, name) for name in ("shots", "test_size", "seed", "path")}
+        sequence = read_image_sequence(config.name, **options)
+        order = next(iter(sequence.orders)) if config.order is None else config.order
+        tasks = [PictureTask(place, task) for place, task in enumerate(sequence.ordered(config.order))]
+        return f"{sequence.name} {sequence.version}, order {order}", tasks
 
     @classmethod
     def trainer_of(

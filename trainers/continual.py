@@ -82,11 +82,15 @@ class Content:
     def carrier(self) -> tuple[PreTrainedModel, Any]:
         """The backbone without experts, and its tokenizer; loaded again only where training may have changed it."""
         if self._carrier is None:
-            backbone, tokenizer = load_backbone(self.recipe.backbone)
+            self._carrier = self.load()
+            backbone = self._carrier[0]
             if getattr(backbone, "hf_device_map", None) is None:  # else it lies where it was quantised
                 nn.Module.to(backbone, self.args.device)
-            self._carrier = backbone, tokenizer
         return self._carrier
+
+    def load(self) -> tuple[PreTrainedModel, Any]:
+        """The backbone of the recipe, and what makes inputs for it."""
+        return load_backbone(self.recipe.backbone)
 
     def give_back(self, model: MoELoRAModel, args: TrainingArguments | None = None) -> None:
         """Take the experts of ``model``, which is of no use afterwards, off the backbone.
@@ -110,14 +114,17 @@ class Continual(Staged):
 
     Config: ClassVar[type[SFTConfig]] = ContinualConfig
     Trainer: ClassVar[type[SFTTrainer]] = ContinualTrainer
+    State: ClassVar[type[Content]] = Content
+    Data: ClassVar[type[Any]] = SequenceData
+    learns: ClassVar[str] = "a sequence of tasks"
+    wanted: ClassVar[str] = "{kind: sequence, name: reasoning-gym-8}, or pass --sequence reasoning-gym-8"
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        if not isinstance(recipe.data, SequenceData):
+        if not isinstance(recipe.data, cls.Data):
             kind = "none" if recipe.data is None else f"of kind {recipe.data.kind!r}"
             raise ConfigError(
-                f"trainer kind 'continual' learns a sequence of tasks, but the data are {kind}: set data to "
-                "{kind: sequence, name: reasoning-gym-8}, or pass --sequence reasoning-gym-8"
+                f"trainer kind {cls.kind!r} learns {cls.learns}, but the data are {kind}: set data to {cls.wanted}"
             )
         require_plotly()
         CONTINUAL_METHODS.get(recipe.trainer.method.kind).check_mixture(recipe.mixture)
@@ -125,13 +132,17 @@ class Continual(Staged):
 
     @classmethod
     def examples_of(cls, recipe: Recipe) -> Any:
-        assert isinstance(recipe.data, SequenceData)
-        sequence = read_sequence(recipe.data)
-        tasks = sequence.ordered(recipe.data.order)
+        name, tasks = cls.tasks_of(recipe.data)
         config = recipe.trainer.method
         method = CONTINUAL_METHODS.create(config.kind, config, tasks, recipe.seed)
         args = recipe.trainer.training_arguments(recipe.output_dir, recipe.seed)
-        return Content(recipe, args, f"{sequence.name} {sequence.version}", tasks, method)
+        return cls.State(recipe, args, name, tasks, method)
+
+    @classmethod
+    def tasks_of(cls, config: Any) -> tuple[str, list[Any]]:
+        """The sequence's name, with what tells it from others, and its tasks in their order."""
+        sequence = read_sequence(config)
+        return f"{sequence.name} {sequence.version}", sequence.ordered(config.order)
 
     @classmethod
     def check_data(cls, recipe: Recipe, content: Content) -> None:
