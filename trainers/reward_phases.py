@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.preferences import Ranking, split
-from ..data.ranking_set import NothingToLearnError, RankingCollator, RankingRow, RankingSet, ResponseFormat
+from ..data.ranking_set import (
+    NothingToLearnError,
+    RankingCollator,
+    RankingRow,
+    RankingSet,
+    ResponseFormat,
+    comparison_tensors,
+)
 from ..reward.calibration import fit_temperature
 from ..reward.config import GENERAL, OUTER
 from ..reward.losses import Comparisons, ranking_loss
@@ -135,7 +142,7 @@ class Base(Phase):
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Loss:
         views = inputs["view_ids"].unsqueeze(1)
-        if len(self.views) > 1:
+        if GENERAL in self.views and len(self.views) > 1:  # each text under the general one as well
             views = torch.cat([torch.full_like(views, self.model.reward.numbers[GENERAL]), views], dim=1)
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], view_ids=views).logits
         found = [self._ranked(rewards_N, inputs) for rewards_N in logits.unbind(dim=1)]
@@ -179,12 +186,6 @@ class Capability(Base):
             for name in self.views
             if numbers[name] not in known
         ]
-
-    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Loss:
-        views = inputs["view_ids"].unsqueeze(1)
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], view_ids=views).logits
-        loss, accuracy = self._ranked(logits[:, 0], inputs)
-        return loss, {"metrics": {"accuracy": accuracy}}
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,11 @@ class Aggregate(Phase):
         return [StatesRow(row, torch.stack(states)) for row, states in zip(rows, each, strict=True)]
 
     def collate(self, rows: Sequence[StatesRow]) -> dict[str, Tensor]:
-        batch = RankingCollator(self._pad())([each.row for each in rows])
         most = max(each.states.shape[1] for each in rows)
         padded = [F.pad(each.states, (0, 0, 0, most - each.states.shape[1])) for each in rows]
-        kept = ("winners", "losers", "ties", "margins", "groups", "category_ids")
-        return {"states": torch.cat(padded), **{name: batch[name] for name in kept}}
+        categories = [each.row.category_id for each in rows for _ in each.row.input_ids]
+        compared = comparison_tensors([each.row for each in rows])
+        return {"states": torch.cat(padded), "category_ids": torch.tensor(categories), **compared}
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Loss:
         logits = model(states=inputs["states"], category_ids=inputs["category_ids"]).logits
@@ -289,10 +290,7 @@ class Category(Phase):
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row.category_id for row in rows])}
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Loss:
-        mask, labels = inputs["attention_mask"], inputs["labels"]
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=mask, prompt_lengths=mask.sum(dim=-1), categorize=True
-        ).logits
+        logits, labels = _categories(model, inputs), inputs["labels"]
         accuracy = (logits.argmax(dim=-1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"metrics": {"accuracy": accuracy}}
 
@@ -303,13 +301,19 @@ class Category(Phase):
         with torch.no_grad(), self.model.evaluating():
             for batch in by_length([len(row.input_ids) for row in examples], 16):
                 inputs = self.collate([examples[place] for place in batch])
-                mask = inputs["attention_mask"]
-                found = self.model(inputs["input_ids"], mask, prompt_lengths=mask.sum(dim=-1), categorize=True).logits
-                logits.append(found.float().cpu())
+                logits.append(_categories(self.model, inputs).float().cpu())
                 labels.append(inputs["labels"])
         temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
         self.model.parts.temperature.fill_(temperature)
         return {"category_temperature": temperature}
+
+
+def _categories(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(N, T) the classifier's logits of whole prompts."""
+    mask = inputs["attention_mask"]
+    output = model(input_ids=inputs["input_ids"], attention_mask=mask, prompt_lengths=mask.sum(dim=-1), categorize=True)
+    logits: Tensor = output.logits
+    return logits
 
 
 def _missing(names: Sequence[str], known: Collection[int], what: str, whose: str) -> list[str]:

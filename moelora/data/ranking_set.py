@@ -207,6 +207,24 @@ def _nothing_left(too_long: list[int], max_length: int, by_capability: bool) -> 
     return f"there is nothing to learn: no ranking compares two responses {what}"
 
 
+def comparison_tensors(rows: Sequence[RankingRow]) -> dict[str, Tensor]:
+    """The comparisons of a batch whose responses are those of the rows, one row after the other.
+
+    ``winners``, ``losers``, ``groups`` (P,) int64, ``ties`` (P,) bool and ``margins`` (P,) float32, as
+    :class:`~moelora.reward.losses.Comparisons` has them; a group is the place of a row in the batch.
+    """
+    counts = torch.tensor([len(row.input_ids) for row in rows])
+    starts = (counts.cumsum(0) - counts).tolist()
+    found = [(group, starts[group], c) for group, row in enumerate(rows) for c in row.comparisons]
+    return {
+        "winners": torch.tensor([start + c.winner for _, start, c in found]),
+        "losers": torch.tensor([start + c.loser for _, start, c in found]),
+        "ties": torch.tensor([c.tie for _, _, c in found]),
+        "margins": torch.tensor([c.margin for _, _, c in found], dtype=torch.float32),
+        "groups": torch.tensor([group for group, _, _ in found]),
+    }
+
+
 @dataclass(frozen=True)
 class RankingCollator:
     """Puts the responses of several rankings into one batch.
@@ -221,22 +239,15 @@ class RankingCollator:
     def __call__(self, rows: Sequence[RankingRow]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` (N, S), ``prompt_lengths``, ``category_ids`` (N,) int64, comparisons.
 
-        ``view_ids`` (N,) int64 where the rows have them. Of the comparisons ``winners``, ``losers``, ``groups`` (P,)
-        int64, ``ties`` (P,) bool and ``margins`` (P,) float32, as :class:`~moelora.reward.losses.Comparisons` has them;
-        a group is the place of a row in the batch. ``prompt_lengths`` counts real tokens, whichever side the padding.
+        ``view_ids`` (N,) int64 where the rows have them. The comparisons are those of :func:`comparison_tensors`.
+        ``prompt_lengths`` counts real tokens, whichever side the padding.
         """
         texts = [torch.tensor(ids) for row in rows for ids in row.input_ids]
         counts = torch.tensor([len(row.input_ids) for row in rows])
-        starts = (counts.cumsum(0) - counts).tolist()
-        found = [(group, starts[group], c) for group, row in enumerate(rows) for c in row.comparisons]
         batch = {
             "input_ids": self._padded(texts, self.pad_token_id),
             "attention_mask": self._padded([torch.ones_like(text) for text in texts], 0),
-            "winners": torch.tensor([start + c.winner for _, start, c in found]),
-            "losers": torch.tensor([start + c.loser for _, start, c in found]),
-            "ties": torch.tensor([c.tie for _, _, c in found]),
-            "margins": torch.tensor([c.margin for _, _, c in found], dtype=torch.float32),
-            "groups": torch.tensor([group for group, _, _ in found]),
+            **comparison_tensors(rows),
         }
         each: dict[str, list[Any]] = {
             "prompt_lengths": [row.prompt_length for row in rows],
