@@ -173,6 +173,41 @@ def blank(traces: Sequence[Any], height: int) -> Figure:
     return figure
 
 
+def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> Any:
+    """The area between two curves, behind the curve that it belongs to."""
+    return graph_objects().Scatter(
+        x=[*x, *reversed(x)],
+        y=[*high, *reversed(low)],
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.15,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def parts_of_one(
+    cells: Sequence[Sequence[Any]], x: Sequence[str], y: Sequence[str], colour: str, hover: str, **text: Any
+) -> Any:
+    """Cells from white at 0 to ``colour`` at 1, empty where ``None``; ``text`` is what is written into them."""
+    return graph_objects().Heatmap(
+        z=cells,
+        x=list(x),
+        y=list(y),
+        texttemplate="%{text}",
+        zmin=0,
+        zmax=1,
+        colorscale=[(0, "#ffffff"), (1, colour)],
+        showscale=False,
+        xgap=1.5,
+        ygap=1.5,
+        hovertemplate=f"{hover}<extra></extra>",
+        **text,
+    )
+
+
 def label_axes(figure: Figure, x: str, y: str) -> None:
     """Name both axes, without lines across the figure."""
     figure.update_xaxes(title={"text": x, "standoff": 8}, showgrid=False, zeroline=False)

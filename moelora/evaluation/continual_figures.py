@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..analysis.figures import BLUE, GRID, INK, MUTED, ORANGE, blank, graph_objects, label_axes
+from ..analysis.figures import BLUE, GRID, INK, MUTED, ORANGE, blank, graph_objects, label_axes, parts_of_one
 from .accuracy_matrix import METRICS, AccuracyMatrix, Array
 from .reward_figures import COLOURS, LEGEND
 
@@ -133,21 +133,8 @@ def curves(found: Mapping[str, Iterable[AccuracyMatrix]]) -> Figure:
 def _heat(values: Array, x: Sequence[str], y: Sequence[str], colour: str, hover: str) -> Any:
     """Cells from white at 0 to ``colour`` at 1, empty where NaN."""
     cells = [[None if np.isnan(value) else round(float(value), 4) for value in row] for row in values]
-    return graph_objects().Heatmap(
-        z=cells,
-        x=list(x),
-        y=list(y),
-        text=[["" if value is None else f"{value:.2f}" for value in row] for row in cells],
-        texttemplate="%{text}",
-        textfont={"size": 11},
-        zmin=0,
-        zmax=1,
-        colorscale=[(0, "#ffffff"), (1, colour)],
-        showscale=False,
-        xgap=1.5,
-        ygap=1.5,
-        hovertemplate=f"{hover}<extra></extra>",
-    )
+    text = [["" if value is None else f"{value:.2f}" for value in row] for row in cells]
+    return parts_of_one(cells, x, y, colour, hover, text=text, textfont={"size": 11})
 
 
 def _line(name: str, colour: str, mark: str, dash: str, x: Iterable[int], y: Array) -> Any:

@@ -9,7 +9,7 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.figures import BLUE, GRID, INK, MUTED, ORANGE, blank, graph_objects, label_axes
+from ..analysis.figures import BLUE, GRID, INK, MUTED, ORANGE, band, blank, graph_objects, label_axes, parts_of_one
 from .reward_best_of_n import BestOfN, Curve
 from .reward_calibration import Calibration, RouterReport
 from .rewards import RewardReport
@@ -98,20 +98,9 @@ def confusion(report: RouterReport) -> Figure:
     rows = list(report.answered)
     columns = list(report.answered[rows[0]])
     counts = [[report.answered[row][column] for column in columns] for row in rows]
-    trace = graph_objects().Heatmap(
-        z=[[round(count / sum(row), 4) for count in row] for row in counts],
-        x=[html.escape(column) for column in columns],
-        y=[html.escape(row) for row in rows],
-        text=counts,
-        texttemplate="%{text}",
-        zmin=0,
-        zmax=1,
-        colorscale=[(0, "#ffffff"), (1, BLUE)],
-        showscale=False,
-        xgap=1.5,
-        ygap=1.5,
-        hovertemplate="%{y} answered by %{x}: %{z:.1%}<extra></extra>",
-    )
+    shares = [[round(count / sum(row), 4) for count in row] for row in counts]
+    x, y = ([html.escape(name) for name in names] for names in (columns, rows))
+    trace = parts_of_one(shares, x, y, BLUE, "%{y} answered by %{x}: %{z:.1%}", text=counts)
     figure = blank([trace], height=170 + 36 * len(rows))
     label_axes(figure, "answered by", "category in the data")
     figure.update_yaxes(autorange="reversed", type="category", automargin=True)
@@ -147,18 +136,8 @@ def _over_kl(traces: list[Any], label: str) -> Figure:
 
 
 def _banded(report: BestOfN, curve: Curve, name: str, colour: str) -> list[Any]:
-    band = graph_objects().Scatter(
-        x=[round(value, 5) for value in (*report.kl, *reversed(report.kl))],
-        y=[round(value, 5) for value in (*curve.high, *reversed(curve.low))],
-        fill="toself",
-        fillcolor=colour,
-        opacity=0.15,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    return [band, _line(report, curve.mean, name, colour, "solid")]
+    kl, low, high = ([round(value, 5) for value in values] for values in (report.kl, curve.low, curve.high))
+    return [band(kl, low, high, colour), _line(report, curve.mean, name, colour, "solid")]
 
 
 def _line(report: BestOfN, values: list[float], name: str, colour: str, dash: str) -> Any:

@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import moelora
-from moelora.analysis.figures import BLUE, GRID, ORANGE, blank, graph_objects, label_axes
+from moelora.analysis.figures import BLUE, GRID, ORANGE, band, blank, graph_objects, label_axes
 from moelora.analysis.report import page, section
 from moelora.config import Recipe, SampledPreferenceData, load_recipe
 from moelora.data.preferences import Ranking
@@ -286,17 +286,7 @@ def figure(points: Sequence[Point]) -> Any:
         )
         trace = graph_objects().Scatter
         traces += [
-            trace(
-                x=[*kl, *reversed(kl)],
-                y=[*high, *reversed(low)],
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.15,
-                line={"width": 0},
-                mode="lines",
-                hoverinfo="skip",
-                showlegend=False,
-            ),
+            band(kl, low, high, colour),
             trace(
                 x=kl,
                 y=mean,
