@@ -18,6 +18,7 @@ from .dispatch.linear import over_ranks
 from .errors import ConfigError
 from .experts import BlockContainer, Container
 from .model import MoELoRAModel
+from .modes import evaluation_mode
 from .routing import RoutingContext, RoutingRecord, SiteInfo
 
 Batches = list[Mapping[str, Any]]
@@ -133,11 +134,6 @@ def _mean_weights(
 
 def run_batches(model: MoELoRAModel, batches: Batches, fields: Mapping[str, Any]) -> None:
     """Run forwards in evaluation mode, for those who listen."""
-    was_training = model.training
-    model.train(False)
-    try:
-        with model.routing_context(**fields):
-            for batch in batches:
-                model(**batch)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), model.routing_context(**fields):
+        for batch in batches:
+            model(**batch)

@@ -32,6 +32,7 @@ from ..data.ranking_set import (
     ResponseFormat,
     comparison_tensors,
 )
+from ..modes import evaluation_mode
 from ..reward.calibration import fit_temperature
 from ..reward.config import GENERAL, OUTER
 from ..reward.losses import Comparisons, ranking_loss
@@ -216,7 +217,7 @@ class Aggregate(Phase):
                 f"no ranking has a category of {', '.join(names)}: name their column with columns.category"
             )
         rows = RankingSet(known, self.model.tokenizer, max_length, categories=names).rows
-        with self.model.evaluating():
+        with evaluation_mode(self.model):
             return self._with_states(rows)
 
     def untaught(self, examples: Examples) -> list[str]:
@@ -298,7 +299,7 @@ class Category(Phase):
         """Fit the temperature to prompts that the classifier did not learn from."""
         examples = self.examples(rankings, max_length)
         logits, labels = [], []
-        with torch.no_grad(), self.model.evaluating():
+        with torch.no_grad(), evaluation_mode(self.model):
             for batch in by_length([len(row.input_ids) for row in examples], 16):
                 inputs = self.collate([examples[place] for place in batch])
                 logits.append(_categories(self.model, inputs).float().cpu())

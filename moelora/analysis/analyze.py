@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..mixture import MoELoRAModel
+from ..modes import evaluation_mode
 from . import figures, report
 from .recorder import RoutingRecorder
 from .stats import RoutingStats
@@ -45,14 +46,9 @@ def analyze(
     """
     if out is not None:
         figures.require_plotly()
-    was_training = model.training
-    model.train(False)
-    try:
-        with RoutingRecorder(model, task_names) as recorder, torch.no_grad():
-            for batch in _shown(batches):
-                model(**{key: _to(value, model) for key, value in batch.items() if key not in _UNUSED})
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), RoutingRecorder(model, task_names) as recorder, torch.no_grad():
+        for batch in _shown(batches):
+            model(**{key: _to(value, model) for key, value in batch.items() if key not in _UNUSED})
     stats = recorder.result(model_name, data_name)
     if out is not None:
         report.write(stats, out)

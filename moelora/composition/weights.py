@@ -26,6 +26,7 @@ from ..config import Closed
 from ..data import Collator, Example, tokenize
 from ..errors import ConfigError
 from ..model import MoELoRAModel
+from ..modes import evaluation_mode
 from ..routers.static import StaticRouter
 from . import card
 from .plan import Progress, expert_names
@@ -102,12 +103,8 @@ def search_weights(
         return value
 
     size = model.mixture.sites[0].experts.num_experts
-    was_training = model.training
-    model.train(False)
-    try:
+    with evaluation_mode(model):
         weights, history = minimise(objective, size, bound=config.bound, evaluations=config.evaluations, seed=seed)
-    finally:
-        model.train(was_training)
     _settle(model, weights)
     names = expert_names(model.mixture.sites[0])
     found = Found(dict(zip(names, weights, strict=True)), min(history), history[0], history, len(rows))

@@ -19,6 +19,7 @@ from ..data.chat import ChatFormat
 from ..data.chat import stop_ids as stop_ids
 from ..data.examples import Example, gym_dataset
 from ..errors import DataError
+from ..modes import evaluation_mode
 
 if TYPE_CHECKING:
     from ..analysis import RoutingRecorder
@@ -168,15 +169,8 @@ def _greedy(
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """``eval`` mode and no gradients within the block; each module's mode is as before afterwards."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext(), torch.no_grad():
+        yield
 
 
 def counting(recorder: RoutingRecorder | None, tasks: Sequence[str]) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
+from ..modes import evaluation_mode
 
 
 class LowerStates:
@@ -90,15 +91,12 @@ class LowerStates:
         hooks = [below[-1].register_forward_hook(look), upper.register_forward_pre_hook(catch, with_kwargs=True)]
         position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
         body: Any = self.backbone.base_model
-        training = [module for module in body.modules() if module.training]
-        body.train(False)
         try:
-            body(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+            with evaluation_mode(body):
+                body(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
         except _EnoughError:
             return caught[0]
         finally:
-            for module in training:
-                module.training = True
             for hook in hooks:
                 hook.remove()
         raise ConfigError(f"layer {self.layer!r} was not reached: its states cannot be kept; leave remember_mib at 0")

@@ -24,6 +24,7 @@ from ..adapters import Adapter, read_adapter
 from ..checkpoints.layout import Stored
 from ..config import MixtureConfig
 from ..errors import CheckpointError, ConfigError, UserError
+from ..modes import evaluation_mode
 from ..parts import build_parts
 from ..slot import RoutingSlot
 from .config import GENERAL, OUTER, PARTS, RewardConfig
@@ -200,7 +201,7 @@ class RewardModel(Scoring, Refusing):
             UserError: neither categories nor what they are told by, or numbers that no category or view has.
         """
         self._check_checkpointing()
-        with nullcontext() if torch.is_grad_enabled() else self.evaluating():
+        with nullcontext() if torch.is_grad_enabled() else evaluation_mode(self):
             return self._answer(input_ids, attention_mask, category_ids, prompt_lengths, view_ids, states, categorize)
 
     def _answer(
@@ -249,7 +250,7 @@ class RewardModel(Scoring, Refusing):
         if count < 2:
             alone = torch.full((texts,), count - 1, dtype=torch.int64, device=input_ids.device)
             return alone, torch.ones(texts, device=input_ids.device)
-        with torch.no_grad(), self.evaluating():
+        with torch.no_grad(), evaluation_mode(self):
             logits = self._categories(input_ids, attention_mask, prompt_lengths) / self.parts.temperature
         confidence, routed = logits.softmax(dim=-1).max(dim=-1)
         return routed, confidence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 from ..data.conversations import render
 from ..data.ranking_set import ResponseFormat
 from ..errors import ConfigError, DataError, UserError
+from ..modes import evaluation_mode
 from ..registry import closest
 from ..saving import Saving
 from .config import GENERAL, RewardConfig
@@ -100,7 +100,7 @@ class Scoring(Saving):
         for prompt, response in zip(messages, responses, strict=True):
             before, [after] = write(prompt, [response])
             texts.append((before + after, len(before)))
-        with self.evaluating():
+        with evaluation_mode(self):
             routed, sure = self._routed(texts, batch_size) if categories is None else self._known(categories)
             threshold = self.reward.threshold
             answered = [number if p >= threshold else -1 for number, p in zip(routed, sure, strict=True)]
@@ -154,18 +154,6 @@ class Scoring(Saving):
             raise UserError("this reward model has no tokenizer: set model.tokenizer to that of its backbone")
         tokenizer: PreTrainedTokenizerBase = self.tokenizer
         return tokenizer
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within the block the model is in evaluation mode; each module is afterwards in the mode that it was in."""
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
     def _known(self, categories: Sequence[str]) -> tuple[list[int], list[float]]:
         numbers = {GENERAL: -1, **{name: number for number, name in enumerate(self.reward.names)}}
