@@ -222,6 +222,20 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in ours if name.as_posix() != MANIFEST)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there as it was, or whole: under another name, to disk, and into its place.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there stands.
+    """
+    staged = path.with_name(f".{path.name}.unfinished")
+    with plain_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        sync_file(staged)
+        os.replace(staged, path)
+
+
 def sync_file(path: Path) -> None:
     """Bring a file's contents to disk."""
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -203,7 +203,7 @@ class Joint(Method[MethodConfig]):
 
 
 class OLoRAConfig(MethodConfig):
-    """Options of ``o_lora``; the defaults are those of the authors' scripts.
+    """Options of ``o_lora``; the defaults are those of a reimplementation for TRACE, not checked against the authors'.
 
     Attributes:
         orthogonal_coef: lambda_1, of the overlap of the newest ``lora_A`` with the older ones.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from ..evaluation.labels import score_options
 from ..evaluation.scoring import generate_answers
 from ..evaluation.task_metrics import TASK_METRICS
 from ..mixture import MoELoRAModel
-from .checkpointing import STAGING
 
 if TYPE_CHECKING:
     from ..data.sequences import Task
@@ -140,9 +138,4 @@ def mean(values: Sequence[float]) -> float:
 
 def write_json(path: Path, value: Any) -> None:
     """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{STAGING}{path.name}")
-    with files.plain_errors(path):
-        staged.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        files.sync_file(staged)
-        os.replace(staged, path)
+    files.replace_text(path, json.dumps(value) + "\n")

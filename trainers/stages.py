@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import checkpoints, files
 from ..config_files import read_mapping
 from ..errors import CheckpointError, ConfigError
-from .checkpointing import STAGING
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +55,7 @@ class Stages:
 
     def finish(self, number: int) -> None:
         """Write down that a stage is over and its mixture lies in its folder; in one piece."""
-        text = json.dumps({"next_stage": number + 1, "stages": self.names}) + "\n"
-        staged = self.run_dir / f"{STAGING}{STATE}"
-        with files.plain_errors(self.run_dir / STATE):
-            staged.write_text(text, encoding="utf-8")
-            files.sync_file(staged)
-            os.replace(staged, self.run_dir / STATE)
+        files.replace_text(self.run_dir / STATE, json.dumps({"next_stage": number + 1, "stages": self.names}) + "\n")
 
     def _refuse_earlier(self) -> None:
         found = [path for path in self.run_dir.glob("stage-*/checkpoint-*") if path.is_dir()]

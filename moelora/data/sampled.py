@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,7 +29,7 @@ from transformers.utils import logging as bars
 
 from ..config import BackboneConfig, ReasoningGymData, SampledPreferenceData
 from ..errors import DataError
-from ..files import locked, plain_errors, sync_file
+from ..files import locked, plain_errors, replace_text
 from . import gym
 from .chat import ChatFormat, stop_ids
 from .example import Example
@@ -322,8 +321,4 @@ def _stored(path: Path, questions: Sequence[str]) -> Rows:
 
 
 def _store(path: Path, rows: Rows) -> None:
-    with plain_errors(path):
-        new = path.with_suffix(".new")
-        new.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-        sync_file(new)
-        os.replace(new, path)
+    replace_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
