@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..config import Recipe
+from ..config import Recipe, SampledPreferenceData
 from ..data.preferences import Ranking
 from ..data.ranking_set import NothingToLearnError
 from ..data.rankings import read_all
@@ -130,6 +130,23 @@ class RewardRun(Staged):
         return list(recipe.trainer.phase_names)
 
     @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        if isinstance(recipe.data, SampledPreferenceData):  # whose categories are known before an answer is sampled
+            _check_categories(recipe.trainer, set(recipe.data.categories))
+
+    @classmethod
+    def check_data(cls, recipe: Recipe, content: Rankings) -> None:
+        categories, (train, _) = recipe.trainer.categories, content
+        _check_categories(recipe.trainer, {ranking.category for ranking in train if ranking.category is not None})
+        known = [ranking for ranking in train if ranking.category in categories]
+        if known and not any(set(categories[str(r.category)].capabilities) & set(r.capabilities) for r in known):
+            raise ConfigError(
+                "trainer.categories: no ranking compares its responses by a capability of its category, such as "
+                f"{next(iter(categories[str(known[0].category)].capabilities))!r}: name their column with "
+                "data.columns.capabilities, let `moelora label` find labels, or leave trainer.categories out"
+            )
+
+    @classmethod
     def examples_of(cls, recipe: Recipe) -> Any:
         """The rankings to train on and those to evaluate on."""
         return read_all(recipe)
@@ -163,3 +180,13 @@ class RewardRun(Staged):
     @classmethod
     def finish_stage(cls, trainer: RewardTrainer) -> dict[str, float]:
         return trainer.finish()
+
+
+def _check_categories(config: RewardTrainerConfig, found: set[str]) -> None:
+    """Refuse categories of which the data have none, before the first phase, which needs none, is trained."""
+    if config.categories and not found & set(config.categories):
+        raise ConfigError(
+            f"trainer.categories are {', '.join(config.categories)}, but the rankings are of "
+            f"{', '.join(sorted(found)) or 'no category'}: name the same, set data.columns.category, or leave "
+            "trainer.categories out for a single reward model"
+        )

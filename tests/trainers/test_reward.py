@@ -14,7 +14,7 @@ from reward.reward_made import CATEGORIES, TEMPLATE, build_backbone, build_rewar
 from reward_runs import rankings, reward_trainer
 from torch.nn.functional import logsigmoid
 
-from moelora.config import Recipe
+from moelora.config import Recipe, load_recipe
 from moelora.data.preferences import Comparison, Ranking, write_rankings
 from moelora.errors import ConfigError, DataError, TrainingError
 from moelora.reward.calibration import fit_temperature
@@ -344,6 +344,28 @@ def test_other_data_and_other_trainers_are_refused(recipe: Callable[..., Recipe]
 
     with pytest.raises(ConfigError, match="reward"):
         SFT.run(Recipe.parse(values))
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ({"prose": ["clear"]}, "are prose, but the rankings are of letters, sums"),
+        ({"sums": ["clear"]}, "no ranking compares its responses by a capability of its category, such as 'clear'"),
+    ],
+)
+def test_categories_without_rankings_end_the_run_before_it_trains(
+    recipe: Callable[..., Recipe], categories: dict[str, list[str]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RewardRun.run(recipe("refused", categories=categories))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_categories_of_sampled_rankings_are_compared_before_any_is_sampled(tmp_path: Path) -> None:
+    given = load_recipe("dmoerm", ["trainer.categories={prose: [clear]}", f"output_dir={tmp_path / 'refused'}"])
+    with pytest.raises(ConfigError, match="are prose, but the rankings are of arithmetic, counting, letters, reading"):
+        RewardRun.run(given)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
