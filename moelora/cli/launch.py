@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, TrainingError
 from .common import AsJson, Overrides
-from .train import BackboneShape, DryRun, RecipeArgument, Resume, dry_run_of
+from .train import BackboneShape, DryRun, RecipeArgument, Resume, Sequence, data_of, dry_run_of
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -53,17 +53,19 @@ def launch(
         typer.Option(metavar="HOST:PORT", help="One of the machines, and a free port on it.", rich_help_panel=MACHINES),
     ] = None,
     resume: Resume = None,
+    sequence: Sequence = None,
     dry_run: DryRun = False,
     backbone_config: BackboneShape = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe on several processes, of one machine or of many: the numbers of `moelora train`.
 
-    Example: `moelora launch recipe.yaml --num-processes 8 --deepspeed zero2`
+    Example: `moelora launch recipe.yaml --num-processes 8 --deepspeed zero2`,
+    or `moelora launch moram --sequence reasoning-gym-8 --num-processes 8`
     """
     from ..config import load_recipe
 
-    words = list(overrides or ())
+    words = [*data_of(sequence), *(overrides or ())]
     if deepspeed is not None:
         from .launch_files import deepspeed_config
 

@@ -27,8 +27,8 @@ Sequence = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Learn this sequence of tasks, one after another, with a recipe whose trainer is `continual`: sets "
-        "`data`; overrides such as `data.order=b` come after it.",
+        help="Learn this sequence of tasks, one after another, with a recipe whose trainer is `continual`, or `clip` "
+        "for images: sets `data`; overrides such as `data.order=b` come after it.",
     ),
 ]
 DryRun = Annotated[
@@ -64,11 +64,8 @@ def train(
     or `moelora train moram --sequence reasoning-gym-8`
     """
     from ..config import load_recipe
-    from ..image_config import IMAGE_SEQUENCE_NAMES
 
-    kind = "images" if sequence in IMAGE_SEQUENCE_NAMES else "sequence"
-    first = [] if sequence is None else [f"data={json.dumps({'kind': kind, 'name': sequence})}"]
-    loaded = load_recipe(recipe, [*first, *(overrides or ())])
+    loaded = load_recipe(recipe, [*data_of(sequence), *(overrides or ())])
     if dry_run:
         dry_run_of(loaded, 1, backbone_config, as_json)
         return
@@ -82,6 +79,16 @@ def train(
     path = trainer.run(loaded, resume=_where(loaded, resume))
     if os.environ.get("RANK", "0") == "0":
         stdout().print(f"saved to {path}", highlight=False)
+
+
+def data_of(sequence: str | None) -> list[str]:
+    """The overrides that ``--sequence`` stands for; those of the user come after them."""
+    from ..image_config import IMAGE_SEQUENCE_NAMES
+
+    if sequence is None:
+        return []
+    kind = "images" if sequence in IMAGE_SEQUENCE_NAMES else "sequence"
+    return [f"data={json.dumps({'kind': kind, 'name': sequence})}"]
 
 
 def _where(loaded: Recipe, resume: str | None) -> str | bool:

@@ -229,14 +229,15 @@ def test_what_does_not_hold_together_is_refused_before_anything_is_loaded(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_sets_the_sequence(tmp_path, capsys):
+@pytest.mark.parametrize("verb", [["train"], ["launch", "--cpu", "--num-processes", "2"]])
+def test_the_command_line_sets_the_sequence(verb, tmp_path, capsys):
     from moelora.cli.app import main
 
     path = tmp_path / "recipe.yaml"
     values = recipe_of(tmp_path)
     path.write_text(json.dumps({**values, "data": {"kind": "reasoning_gym", "tasks": ["chain_sum"]}}))
     with pytest.raises(SystemExit) as ended:
-        main(["train", str(path), "--sequence", "reasoning-gym-8", "data.order=b", "--dry-run"])
+        main([*verb, str(path), "--sequence", "reasoning-gym-8", "data.order=b", "--dry-run"])
     assert not ended.value.code
     import yaml
 
