@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .adapters import Adapter, Adapters
 from .errors import ConfigError
 from .experts import Container
 from .losses import Heard, StepLoad, aux_losses, output_class, real_tokens
+from .lower import LowerStates, remember
 from .passes import Passes
 from .recomputing import Recomputing
 from .routers.base import Router
@@ -41,7 +42,10 @@ class MoELoRAModel(Recomputing):
         backbone: the model that was given to :func:`attach`, its sites replaced by containers.
         mixture: the configuration. backbone_config: where the backbone came from, as far as it tells.
         tokenizer: set by :func:`from_pretrained`, else ``None``.
+        lower: see :meth:`remember`.
     """
+
+    lower: LowerStates | None = None
 
     def __init__(self, backbone: PreTrainedModel, adapter: Adapter, slot: RoutingSlot) -> None:
         backbone.requires_grad_(False)
@@ -96,6 +100,24 @@ class MoELoRAModel(Recomputing):
 
         begin_task(self)
 
+    def remember(self, lower: LowerStates | int) -> LowerStates | None:
+        """Keep what the layers below the first with experts make of each text: they do not change, so that every
+        further pass over it, in training or scoring, begins above them. :meth:`generate` goes through all layers.
+
+        Args:
+            lower: bytes to keep at most, 0 for none; or what another model has kept, whose experts were on the same
+                backbone above the same layer.
+
+        Returns:
+            What is kept; ``None`` where the first layer has experts already, or something below it is trained: nothing
+            is kept then. Gradient checkpointing needs the inputs of all layers, and does without.
+
+        Raises:
+            ConfigError: what was kept is of another backbone or layer.
+        """
+        self.lower = remember(self, lower)
+        return self.lower
+
     def trainable_report(self) -> str:
         """One line per group of sites and a total: how many sites, which experts, how many trainable parameters."""
         lines = []
@@ -118,7 +140,6 @@ class MoELoRAModel(Recomputing):
         return "\n".join(lines)
 
     def print_trainable_parameters(self) -> None:
-        """Print :meth:`trainable_report`."""
         print(self.trainable_report())
 
     def used_outside(self) -> Iterator[nn.Parameter]:
@@ -174,7 +195,8 @@ class MoELoRAModel(Recomputing):
         keep = torch.is_grad_enabled() or labels is not None or with_log_prob
         listener = (lambda site, record: heard.append((site, record))) if keep else None
         self._check_checkpointing()
-        with self._passes.whole(), self.routing_context(**{k: v for k, v in routing.items() if v is not None}):
+        known = {name: value for name, value in routing.items() if value is not None}
+        with self._passes.whole(), self.routing_context(**known), self._above(kwargs):
             with self.slot.using(listener=listener):
                 output = self.backbone(**kwargs, return_dict=True)
             if keep and heard:
@@ -183,6 +205,14 @@ class MoELoRAModel(Recomputing):
                 if with_log_prob:  # in the output, where what wraps a model looks for what its parameters lead to
                     output["log_prob"] = example_log_prob((record for _, record in heard), len(output["logits"]))
         return output.to_tuple() if as_tuple else output
+
+    def _above(self, given: dict[str, Any]) -> AbstractContextManager[None]:
+        """Around the backbone's forward: begin with what is kept of the layers below, where anything is."""
+        if self.lower is None or self._passes.scoring is not None:
+            return nullcontext()
+        if torch.is_grad_enabled() or "labels" in given:  # nobody goes on from here
+            given.setdefault("use_cache", False)
+        return self.lower.above(self, given)
 
     def _with_losses(
         self,

@@ -28,11 +28,10 @@ from ..modes import evaluation_mode
 from ..parts import build_parts
 from ..slot import RoutingSlot
 from .config import GENERAL, OUTER, PARTS, RewardConfig
-from .lower import LowerStates
 from .parts import RewardParts, in_float32, parts_on
 from .refusing import Refusing
 from .scoring import RewardOutput, Scoring, check_numbers
-from .stacked import first_layer, last_states, last_token
+from .stacked import last_states, last_token
 from .stored import read_config
 
 NO_CATEGORY = -1
@@ -50,10 +49,8 @@ class RewardModel(Scoring, Refusing):
     is the one for such models.
 
     Attributes:
-        reward: its configuration. lower: see :meth:`remember`.
+        reward: its configuration.
     """
-
-    lower: LowerStates | None = None
 
     def __init__(self, backbone: PreTrainedModel, adapter: Adapter, slot: RoutingSlot, reward: RewardConfig) -> None:
         super().__init__(backbone, adapter, slot)
@@ -120,33 +117,6 @@ class RewardModel(Scoring, Refusing):
         if not isinstance(model, cls):
             raise CheckpointError(f"{path}: a mixture, but no reward model: load it with moelora.from_pretrained")
         return model
-
-    def remember(self, lower: LowerStates | int) -> LowerStates | None:
-        """Keep what the layers below the first with experts make of each text: they do not change, so that every
-        further pass over it, in training or scoring, begins above them.
-
-        Args:
-            lower: bytes to keep at most, 0 for none; or what another reward model has kept, whose experts were on the
-                same backbone above the same layer.
-
-        Returns:
-            What is kept; ``None`` where the first layer has experts already: nothing is kept then. Gradient
-            checkpointing needs the inputs of all layers, and does without.
-
-        Raises:
-            ConfigError: what was kept is of another backbone or layer.
-        """
-        first = first_layer(self)
-        if isinstance(lower, LowerStates):
-            if lower.backbone is not self.backbone or lower.layer != first:
-                raise ConfigError(
-                    f"these states enter {lower.layer!r} of another backbone or mixture; here the first layer with "
-                    f"experts is {first!r}: keep new ones"
-                )
-            self.lower = lower
-        else:
-            self.lower = LowerStates(self.backbone, first, lower) if lower and first is not None else None
-        return self.lower
 
     @property
     def parts(self) -> RewardParts:

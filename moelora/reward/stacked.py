@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lower import checkpoints, first_layer, positions
 from ..model import MoELoRAModel
-from .lower import LowerStates
 
 
 def last_states(
@@ -31,9 +31,9 @@ def last_states(
         input_ids, attention_mask: (B, S); padding may be on either side.
         rows: (M,) which text each row is; ``None`` means every text once. views: (M,) int64, under which view.
     """
-    position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-    lower: LowerStates | None = getattr(model, "lower", None)
-    first = None if (rows is None and lower is None) or _checkpoints(model) else first_layer(model)
+    position_ids = positions(attention_mask)
+    lower = model.lower
+    first = None if (rows is None and lower is None) or checkpoints(model) else first_layer(model)
     entering = None if lower is None or first is None else lower(input_ids, attention_mask)
     if rows is not None and first is None:
         input_ids, attention_mask, position_ids = (t[rows] for t in (input_ids, attention_mask, position_ids))
@@ -54,25 +54,6 @@ def last_states(
 def last_token(attention_mask: Tensor) -> Tensor:
     """(B,) index of the last real token of each row, 0 where there is none."""
     return attention_mask.long().cumsum(dim=-1).argmax(dim=-1)
-
-
-def first_layer(model: MoELoRAModel) -> str | None:
-    """The path of the first layer with experts, or ``None`` where all layers below it are none."""
-    paths = []
-    for container in model.containers().values():
-        names = container.site.path.split(".")
-        depth = next((place for place, name in enumerate(names) if name.isdigit()), None)
-        if depth is None:
-            return None
-        paths.append((int(names[depth]), ".".join(names[: depth + 1])))
-    stacks = {path.rpartition(".")[0] for _, path in paths}
-    number, path = min(paths)
-    return path if number > 0 and len(stacks) == 1 else None
-
-
-def _checkpoints(model: MoELoRAModel) -> bool:
-    """Whether layers are computed again in the backward pass, from inputs that hooks must not have changed."""
-    return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.backbone.modules())
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from moelora.data.preferences import Ranking
 from moelora.data.properties import PROPERTIES
 from moelora.data.sampled import Sampler
 from moelora.evaluation.reward_ensembles import WAYS, Scale, combine
-from moelora.reward.lower import LowerStates
+from moelora.lower import LowerStates
 from moelora.reward.model import RewardModel
 from moelora.reward.scoring import Reward
 from moelora.trainers.reward import RewardRun

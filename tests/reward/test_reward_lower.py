@@ -8,7 +8,7 @@ from reward.reward_made import TEMPLATE, build_batch, build_reward
 from transformers import LlamaConfig
 
 from moelora.errors import ConfigError
-from moelora.reward.lower import LowerStates
+from moelora.lower import LowerStates
 from moelora.reward.model import RewardModel
 
 CATEGORIES = [0, 1, -1, 1]
