@@ -219,7 +219,7 @@ class ClipContent(Content):
     def answering(self) -> Answering:
         config = self.recipe.trainer
         rivals = tuple(self.images) if config.among == "all" else ()
-        return PictureAnswering(0, config.eval_batch_size, rivals)
+        return PictureAnswering(None, config.eval_batch_size, rivals)
 
 
 @TRAINERS.register("clip")

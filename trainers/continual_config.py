@@ -24,14 +24,15 @@ class ContinualConfig(SFTConfig):
         method: how tasks are learnt one after another, and its options; see ``trainers/continual_methods.py``.
         per_task: by the name of a task, what differs from ``args`` while it is learnt, such as ``num_train_epochs``.
             Where neither says how long to train, a task with published epochs is trained for those.
-        max_new_tokens: of an answer, where a task is scored by what the model writes.
+        max_new_tokens: of an answer, where a task is scored by what the model writes. Without it, as the task was
+            published, or 16.
         eval_batch_size: questions that are answered at once.
     """
 
     kind: str = "continual"
     method: Annotated[Any, Plugged(CONTINUAL_METHODS, default="moram")] = Field(default_factory=dict)
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    max_new_tokens: Annotated[int, Field(gt=0)] = 16
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     eval_batch_size: Annotated[int, Field(gt=0)] = 16
 
     @field_validator("per_task")

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from ..data.sequences import Task
 
 FILE = "scores.json"
+# Of an answer, where neither the recipe nor the task says how many.
+MAX_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Answering:
-    """How questions are answered: at most so many tokens each, so many questions at once."""
+    """How questions are answered: at most so many tokens each (``None``: as the task says), so many at once."""
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     batch_size: int
 
     def score(self, model: MoELoRAModel, tokenizer: Any, task: Task) -> list[float]:
@@ -127,8 +129,8 @@ def _answers(model: MoELoRAModel, tokenizer: Any, task: Task, asked: list[Exampl
     if task.classes:
         offered = [replace(example, choices=task.classes) for example in asked]
         return score_options(model, tokenizer, offered, batch_size=answering.batch_size).total.answers
-    tokens, size = answering.max_new_tokens, answering.batch_size
-    return generate_answers(model, tokenizer, asked, max_new_tokens=tokens, batch_size=size)
+    tokens = answering.max_new_tokens or task.max_new_tokens or MAX_NEW_TOKENS
+    return generate_answers(model, tokenizer, asked, max_new_tokens=tokens, batch_size=answering.batch_size)
 
 
 def mean(values: Sequence[float]) -> float:

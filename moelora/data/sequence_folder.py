@@ -26,11 +26,13 @@ class FolderTask(Closed):
         metric: ``None`` means that of the whole sequence.
         classes: the words of the labels, where an answer is one of few.
         epochs: over the training examples; ``None`` leaves it to the trainer.
+        max_new_tokens: of an answer that a model writes; ``None`` leaves it to the trainer.
     """
 
     metric: TaskMetric | None = None
     classes: tuple[str, ...] = ()
     epochs: Annotated[int, Field(gt=0)] | None = None
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
 class FolderConfig(Closed):
@@ -97,6 +99,7 @@ class Folder(SequenceReader):
             metric=described.metric or self.described.metric,
             classes=described.classes,
             epochs=described.epochs,
+            max_new_tokens=described.max_new_tokens,
         )
 
     def _digest(self) -> str:

@@ -12,6 +12,7 @@ from .sequence_files import find, read_json
 from .sequence_tasks import SEQUENCES, Orders, SequenceReader, Task, apart, hold_out, make_task
 
 RELEASED = "the folder CL_Benchmark/SuperNI of SAPT's repository, with task1572_samsum_summary/train.json and so on"
+MAX_NEW_TOKENS = 50
 TASKS = {
     number: f"task{number}_{name}"
     for number, name in {
@@ -45,7 +46,8 @@ class SuperNI(SequenceReader):
     Tasks, orders, files and prompts are those of ``circle-hit/SAPT`` (Zhao et al. 2024), all read there: a file is one
     object with the list ``Definition``, of which the first is taken, and the list ``Instances`` of
     ``{"input": ..., "output": ...}``. Its ``dev.json`` is ``test.json`` once more, so validation examples are held out
-    of the training ones instead. The metric is ROUGE-L for all tasks.
+    of the training ones instead. The metric is ROUGE-L for all tasks, and
+    an answer has at most 50 new tokens (``--generation_max_length`` of its scripts).
 
     Where an instance has several outputs the first one is learnt, and the best of all counts in the score, as SuperNI's
     own evaluation has it; SAPT draws one at random for both. Instances without any text to learn (one of task 511) are
@@ -62,7 +64,7 @@ class SuperNI(SequenceReader):
         read = {split: self._read(find(config, f"{name}/{split}.json", RELEASED), name) for split in ("test", "train")}
         splits = apart(name, read)
         train, val = hold_out(splits["train"], config.val_size)
-        return make_task(config, name, train, val, splits["test"], metric="rouge_l")
+        return make_task(config, name, train, val, splits["test"], metric="rouge_l", max_new_tokens=MAX_NEW_TOKENS)
 
     def _read(self, file: Path, name: str) -> list[Example]:
         content = read_json(file)

@@ -41,6 +41,7 @@ class Task:
         classes: the words of the labels, where an answer is one of few; the examples then have them as ``choices``, so
             that answers may be chosen by likelihood.
         epochs: over ``train`` in the published recipe; ``None`` where none is known.
+        max_new_tokens: of an answer that a model writes, as published; ``None`` where nothing is known.
 
     Raises:
         DataError: a split is empty, two splits share a question, an example is of another task, the metric is unknown
@@ -54,6 +55,7 @@ class Task:
     metric: str
     classes: tuple[str, ...] = ()
     epochs: int | None = None
+    max_new_tokens: int | None = None
 
     @property
     def splits(self) -> dict[str, tuple[Example, ...]]:
@@ -215,6 +217,7 @@ def make_task(
     metric: str,
     classes: Sequence[str] = (),
     epochs: int | None = None,
+    max_new_tokens: int | None = None,
 ) -> Task:
     """A task of all that was read, checked, and then cut to the sizes of the configuration.
 
@@ -228,7 +231,7 @@ def make_task(
     def labelled(examples: Iterable[Example]) -> tuple[Example, ...]:
         return tuple(replace(example, choices=options, task_type=task_type) for example in examples)
 
-    task = Task(name, labelled(train), labelled(val), labelled(test), metric, options, epochs)
+    task = Task(name, labelled(train), labelled(val), labelled(test), metric, options, epochs, max_new_tokens)
     answers = {example.answer for part in task.splits.values() for example in part}
     for label in task.classes:
         if label not in answers:

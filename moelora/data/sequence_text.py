@@ -35,6 +35,7 @@ INSTRUCTIONS = {  # of a kind of task; the questions of COPA have theirs in them
     "MultiRC": "According to the following passage and question, is the candidate answer true or false?",
     "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
 }
+MAX_NEW_TOKENS = 50
 UNLABELLED = "-"  # where the annotators of MNLI did not agree; nothing to learn, and never right
 ORDERS = {
     "1": "dbpedia amazon yahoo agnews",
@@ -62,7 +63,8 @@ class TextClassification(SequenceReader):
     ``test.json``, and the labels in ``labels.json``. Its ``dev.json`` is ``test.json`` once more, so validation
     examples are held out of the training ones instead. A prompt is the instruction, the labels as options, the sentence
     and ``Answer:``, as there. Its scripts put two lines with the names of the task and the data set in front of it,
-    which are left out here because they tell the model the task. Scores are exact match as there. Rows without a label
+    which are left out here because they tell the model the task. Scores are exact match as there, and an answer that is
+    written has at most 50 new tokens (``--generation_max_length`` of its scripts). Rows without a label
     (``-``, of MNLI), which count as wrong there, are left out.
 
     Read in its repository: tasks, labels, prompts, orders 1 to 3, and the one that is 6 here. The numbers of 4 and 5,
@@ -98,4 +100,13 @@ class TextClassification(SequenceReader):
         }
         splits = apart(name, asked)
         train, val = hold_out(splits["train"], config.val_size)
-        return make_task(config, name, train, val, splits["test"], metric="exact_match", classes=labels)
+        return make_task(
+            config,
+            name,
+            train,
+            val,
+            splits["test"],
+            metric="exact_match",
+            classes=labels,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )

@@ -10,6 +10,9 @@ from .sequence_tasks import SEQUENCES, Orders, SequenceReader, Task, apart, make
 RELEASED = "the folder of a TRACE release (LLM-CL-Benchmark_500, _1000 or _5000), with C-STANCE/train.json and so on"
 
 
+MAX_NEW_TOKENS = 512
+
+
 @dataclass(frozen=True)
 class _Row:
     metric: str
@@ -37,7 +40,8 @@ class Trace(SequenceReader):
     ``{"prompt": ..., "answer": ...}``. Tasks, order, files and metrics are those of ``BeyonderXX/TRACE``: accuracy for
     C-STANCE, FOMC, ScienceQA (of the letter) and NumGLUE, ROUGE-L for MeetingBank, edit similarity for Py150, SARI for
     20Minuten. The epochs are those of ``Artificer-AI-Lab/MoRAM``, whose repository has the release of 500 examples;
-    TRACE's own scripts have 5, 3, 7, 5, 3, 5, 5, 7.
+    TRACE's own scripts have 5, 3, 7, 5, 3, 5, 5, 7. An answer has at most 512 new tokens (``--max_ans_len`` of the
+    scripts of both).
 
     Checked on the release of 500, but for MeetingBank's training file, which was not to be had. A few questions there
     are in two splits; training and validation leave them out, see
@@ -57,4 +61,12 @@ class Trace(SequenceReader):
             for split, file in (("test", "test"), ("val", "eval"), ("train", "train"))
         }
         splits = apart(name, read)
-        return make_task(self.config, name, **splits, metric=row.metric, classes=row.classes, epochs=row.epochs)
+        return make_task(
+            self.config,
+            name,
+            **splits,
+            metric=row.metric,
+            classes=row.classes,
+            epochs=row.epochs,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )

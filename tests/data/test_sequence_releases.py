@@ -40,6 +40,7 @@ def test_trace(tmp_path: Path) -> None:
         "NumGLUE-ds": ("exact", 2, 0),
         "20Minuten": ("sari", 3, 0),
     }
+    assert {task.max_new_tokens for task in sequence.tasks} == {512}
     assert [len(part) for part in sequence.tasks[0].splits.values()] == [9, 3, 6]
     assert sequence.tasks[0].test[0].prompt == "0 test 0"
     (tmp_path / "Py150" / "eval.json").unlink()
@@ -77,7 +78,11 @@ def test_text_classification(tmp_path: Path) -> None:
     assert [task.name for task in sequence.ordered("3")] == ["yahoo", "amazon", "agnews", "dbpedia"]
     assert set(sequence.orders) == {"1", "2", "3"}  # the others have tasks that were not read
     first = sequence.tasks[0]
-    assert (first.metric, first.classes) == ("exact_match", ("World", "Science or Technology"))
+    assert (first.metric, first.classes, first.max_new_tokens) == (
+        "exact_match",
+        ("World", "Science or Technology"),
+        50,
+    )
     assert [len(part) for part in first.splits.values()] == [36, 4, 8]
     assert first.test[0].prompt == (
         "What is the topic of the following paragraph? Choose one from the option.\n"
@@ -127,7 +132,7 @@ def test_superni(tmp_path: Path) -> None:
     write(tmp_path / name / "test.json", superni(*test))
     task = reader.task(name)
     assert [len(part) for part in task.splits.values()] == [8, 2, 2]
-    assert task.metric == "rouge_l"
+    assert (task.metric, task.max_new_tokens) == ("rouge_l", 50)
     assert task.test[0].prompt == (
         "Definition: Answer the question.\n\nNow complete the following example -\nInput: What?\nOutput:"
     )

@@ -214,14 +214,14 @@ def test_what_sequence_yaml_says(tmp_path: Path) -> None:
     root = write_tasks(tmp_path, {"one": colours(), "two": colours(100)})
     (root / "sequence.yaml").write_text(
         "version: mine\nmetric: rouge_l\norders: {there: [one, two], back: [two, one], half: [two]}\n"
-        "tasks: {one: {metric: exact, classes: [red, blue], epochs: 3}}\n"
+        "tasks: {one: {metric: exact, classes: [red, blue], epochs: 3, max_new_tokens: 5}}\n"
     )
     sequence = read_sequence(SequenceData(name="folder", path=str(root), order="back"))
     assert sequence.version == "mine"
     two, one = sequence.ordered("back")
-    assert (one.metric, one.classes, one.epochs) == ("exact", ("red", "blue"), 3)
+    assert (one.metric, one.classes, one.epochs, one.max_new_tokens) == ("exact", ("red", "blue"), 3, 5)
     assert one.test[0].choices == ("red", "blue")
-    assert (two.metric, two.epochs) == ("rouge_l", None)
+    assert (two.metric, two.epochs, two.max_new_tokens) == ("rouge_l", None, None)
     half = read_sequence(SequenceData(name="folder", path=str(root), order="half"))
     assert ([task.name for task in half.tasks], half.orders) == (["two"], {"half": ("two",)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from moelora import checkpoints
 from moelora.config import load_recipe
 from moelora.data.sequences import read_sequence
 from moelora.errors import CheckpointError, ConfigError
+from moelora.evaluation.scoring import generate_answers
 from moelora.trainers.continual_config import ContinualConfig
+from moelora.trainers.continual_scores import Answering
 
 
 def scores(folder: Path, stage: int) -> dict[str, Any]:
@@ -135,6 +138,19 @@ def test_published_epochs_hold_where_nothing_else_is_said(tmp_path):
     assert bare.arguments_of([copy], tmp_path, 0).num_train_epochs == 1
     said = ContinualConfig.parse({"method": "sequential", "args": {"max_steps": 5}})
     assert said.arguments_of([add], tmp_path, 0).max_steps == 5
+
+
+@pytest.mark.parametrize(("said", "published", "length"), [(None, 3, 3), (5, 3, 5), (5, None, 5), (None, None, 16)])
+def test_an_answer_is_as_long_as_the_recipe_says_or_was_published(backbone_folder, tmp_path, said, published, length):
+    write_sequence(tmp_path)
+    task = read_sequence(load_recipe(recipe_of(tmp_path)).data).ordered()[0]
+    model, tokenizer = moelora.load_backbone(str(backbone_folder), quantization=None)
+    answers = generate_answers(model, tokenizer, task.test, max_new_tokens=length)
+    wanted = tuple(dataclasses.replace(e, answer=answer) for e, answer in zip(task.test, answers, strict=True))
+    asked = dataclasses.replace(task, test=wanted, metric="exact", max_new_tokens=published)
+    config = ContinualConfig.parse({"method": "sequential", **({"max_new_tokens": said} if said else {})})
+    assert Answering(config.max_new_tokens, 4).score(model, tokenizer, asked) == [1.0] * 4
+    assert 0.0 in Answering(length + 1, 4).score(model, tokenizer, asked)  # a token more is another answer
 
 
 def recipe_of(path: Path) -> dict[str, Any]:
