@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -34,7 +32,7 @@ from ..registry import TRAINERS
 from .continual import Content, Continual, ContinualTrainer
 from .continual_config import ContinualConfig
 from .continual_methods import Method, Sequential
-from .continual_scores import Answering
+from .continual_scores import Answering, shared
 from .sft import SFTConfig, SFTTrainer
 
 # The batches hold no tokens that could be counted.
@@ -120,12 +118,13 @@ class PictureAnswering(Answering):
 
     def score(self, model: MoELoRAModel, tokenizer: Any, task: Any) -> list[float]:
         """For each test image 1 where its class was found, else 0; the processes of a run share the images."""
-        state, images = PartialState(), task.images
-        own = list(range(len(images.test)))[state.process_index :: state.num_processes]
+        images, size = task.images, self.batch_size
         among = self.rivals or (images,)
-        right = right_answers(model, tokenizer, images, among, indices=own, batch_size=self.batch_size) if own else []
-        found = dict(gather_object(list(zip(own, right, strict=True))))
-        return [found[index] for index in range(len(images.test))]
+
+        def right(indices: list[int]) -> list[float]:
+            return right_answers(model, tokenizer, images, among, indices=indices, batch_size=size)
+
+        return shared(range(len(images.test)), right)
 
 
 class ClipTrainer(ContinualTrainer):

@@ -30,11 +30,12 @@ from ..data.sequences import Task, read_sequence
 from ..data.sets import RecipeData, check_routers
 from ..errors import ConfigError
 from ..evaluation.continual import AccuracyMatrix, write_continual
+from ..lower import LowerStates
 from ..mixture import MoELoRAModel, put_on
 from ..registry import TRAINERS, closest
 from .continual_config import ContinualConfig
 from .continual_methods import CONTINUAL_METHODS, Method
-from .continual_scores import Answering, Scores, mean, read_routing, write_json
+from .continual_scores import Answering, ForcedAnswering, Scores, mean, read_routing, write_json
 from .penalised import PenalisedTrainer, Penalty
 from .sft import SFTConfig, SFTTrainer
 from .staged import Staged
@@ -78,6 +79,7 @@ class Content:
     tasks: list[Task]
     method: Method[Any]
     _carrier: tuple[PreTrainedModel, Any] | None = None
+    _lower: LowerStates | None = None
 
     def carrier(self) -> tuple[PreTrainedModel, Any]:
         """The backbone without experts, and its tokenizer; loaded again only where training may have changed it."""
@@ -100,12 +102,20 @@ class Content:
         """
         model.unload()
         if args is not None and (args.gradient_checkpointing or args.deepspeed or args.fsdp):
-            self._carrier = None
+            self._carrier = self._lower = None
+
+    def remember(self, model: MoELoRAModel) -> None:
+        """Let a model begin above the layers that nothing trains, with what models before it have kept of them."""
+        if self._lower is None:
+            self._lower = self.recipe.trainer.remember(model)
+        else:
+            model.remember(self._lower)
 
     @property
     def answering(self) -> Answering:
         config = self.recipe.trainer
-        return Answering(config.max_new_tokens, config.eval_batch_size)
+        kind = ForcedAnswering if config.answers == "forced" else Answering
+        return kind(config.max_new_tokens, config.eval_batch_size)
 
 
 @TRAINERS.register("continual")
@@ -177,6 +187,7 @@ class Continual(Staged):
         else:
             model = put_on(backbone, checkpoints.read(stages.folder(number - 1)))
         method.begin_task(model, number)
+        content.remember(model)
         model.tokenizer = tokenizer
         held_out = [example for task in tasks for example in task.val]
         everything = [task.name for task in content.tasks]
@@ -196,6 +207,7 @@ class Continual(Staged):
             scores.write({})
         backbone, tokenizer = content.carrier()
         model = content.method.learned([stages.folder(n) for n in range(1, number + 1)], backbone)
+        content.remember(model)
         scores.complete(model, tokenizer, content.tasks, content.method, content.answering)
         if PartialState().is_main_process:
             if number == len(stages.names):
@@ -216,6 +228,7 @@ class Continual(Staged):
             scores.write({})
         backbone, tokenizer = content.carrier()
         model = recipe.trainer.attach(backbone, content.method.mixture(recipe.mixture, 1))
+        content.remember(model)
         with model.disable_experts():
             scores.complete(model, tokenizer, content.tasks, content.method, content.answering)
         content.give_back(model)

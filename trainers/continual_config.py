@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from transformers import TrainingArguments
@@ -26,6 +26,9 @@ class ContinualConfig(SFTConfig):
             Where neither says how long to train, a task with published epochs is trained for those.
         max_new_tokens: of an answer, where a task is scored by what the model writes. Without it, as the task was
             published, or 16.
+        answers: how questions of language are scored. ``written``: by the task's metric, of what the model writes, or
+            of the likeliest of the task's classes. ``forced``: 1 where greedy decoding would write the reference token
+            for token, else 0, found in one pass over it, which with ``remember_mib`` is many times quicker.
         eval_batch_size: questions that are answered at once.
     """
 
@@ -33,6 +36,7 @@ class ContinualConfig(SFTConfig):
     method: Annotated[Any, Plugged(CONTINUAL_METHODS, default="moram")] = Field(default_factory=dict)
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    answers: Literal["written", "forced"] = "written"
     eval_batch_size: Annotated[int, Field(gt=0)] = 16
 
     @field_validator("per_task")

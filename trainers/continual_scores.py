@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -15,13 +15,16 @@ from .. import files
 from ..analysis import RoutingRecorder, RoutingStats, SiteStats
 from ..data.example import Example
 from ..errors import CheckpointError
-from ..evaluation.labels import score_options
+from ..evaluation.labels import score_options, teacher_forced_match
 from ..evaluation.scoring import generate_answers
 from ..evaluation.task_metrics import TASK_METRICS
 from ..mixture import MoELoRAModel
 
 if TYPE_CHECKING:
     from ..data.sequences import Task
+
+ItemT = TypeVar("ItemT")
+FoundT = TypeVar("FoundT")
 
 FILE = "scores.json"
 # Of an answer, where neither the recipe nor the task says how many.
@@ -38,6 +41,14 @@ class Answering:
     def score(self, model: MoELoRAModel, tokenizer: Any, task: Task) -> list[float]:
         """The score of each test question of a task, 0 to 1."""
         return score_task(model, tokenizer, task, self)
+
+
+class ForcedAnswering(Answering):
+    """A question is answered right where greedy decoding would write the reference: one pass for each question."""
+
+    def score(self, model: MoELoRAModel, tokenizer: Any, task: Task) -> list[float]:
+        size = self.batch_size
+        return shared(task.test, lambda asked: teacher_forced_match(model, tokenizer, asked, size).items)
 
 
 class Scores:
@@ -117,12 +128,17 @@ def score_task(model: MoELoRAModel, tokenizer: Any, task: Task, answering: Answe
     Answers are the likeliest of the task's classes where it has any, else greedy; the processes of a run share the
     questions.
     """
+    answers = shared(task.test, lambda asked: _answers(model, tokenizer, task, asked, answering))
+    return TASK_METRICS[task.metric](answers, list(task.test))
+
+
+def shared(asked: Sequence[ItemT], answer: Callable[[list[ItemT]], Sequence[FoundT]]) -> list[FoundT]:
+    """What ``answer`` finds for each item; the processes of a run share them, and all have all of it."""
     state = PartialState()
-    own = list(range(len(task.test)))[state.process_index :: state.num_processes]
-    asked = [task.test[index] for index in own]
-    answers = _answers(model, tokenizer, task, asked, answering) if asked else []
-    found = dict(gather_object(list(zip(own, answers, strict=True))))
-    return TASK_METRICS[task.metric]([found[index] for index in range(len(task.test))], list(task.test))
+    own = list(range(len(asked)))[state.process_index :: state.num_processes]
+    found = answer([asked[index] for index in own]) if own else []
+    by_index = dict(gather_object(list(zip(own, found, strict=True))))
+    return [by_index[index] for index in range(len(asked))]
 
 
 def _answers(model: MoELoRAModel, tokenizer: Any, task: Task, asked: list[Example], answering: Answering) -> list[str]:

@@ -158,8 +158,6 @@ class RewardRun(Staged):
         train, test = content
         model = cls.model_of(recipe)
         assert isinstance(model, RewardModel)
-        if config.remember_mib and model.remember(config.remember_mib * 2**20) is None:
-            logger.warning("remember_mib keeps nothing: the first layer has experts already; set mixture.sites.layers")
         parts = part_of(name, train, config.first_share, recipe.seed) if config.categories else (train, [])
         return RewardTrainer(
             model,

@@ -32,8 +32,6 @@ class RewardTrainerConfig(SFTConfig, RewardConfig):
         phases: for each of ``base``, ``capability``, ``aggregate`` and ``category`` what differs from ``args`` in it,
             such as ``learning_rate`` or ``max_steps``.
         label_smoothing: the probability that a comparison is the wrong way round, for annotators who err.
-        remember_mib: memory of the CPU, for each process, for what the layers below the first with experts make of each
-            text: 4 bytes times width times tokens. They do not change, so that later passes leave them out. 0 is none.
         center_coef: factor of the squared sum of two compared rewards, which holds rewards near zero.
     """
 
@@ -42,7 +40,6 @@ class RewardTrainerConfig(SFTConfig, RewardConfig):
     phases: dict[PhaseName, dict[str, Any]] = Field(default_factory=dict)
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     center_coef: Annotated[float, Field(ge=0)] = 0.0
-    remember_mib: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("phases")
     @classmethod

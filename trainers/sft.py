@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,12 +17,15 @@ from .. import data
 from ..backbone import load_backbone
 from ..config import MixtureConfig, Pluggable, Recipe
 from ..errors import ConfigError
+from ..lower import LowerStates
 from ..mixture import MoELoRAModel, attach
 from ..registry import TRAINERS, closest
 from .alarm import AlarmConfig, CollapseAlarm
 from .live import LiveProgress
 from .mixture_trainer import MixtureTrainer
 from .optimizer import GroupOptions
+
+logger = logging.getLogger(__name__)
 
 # Where ours differ from the Trainer's own defaults.
 DEFAULTS: dict[str, Any] = {
@@ -55,6 +60,8 @@ class SFTConfig(Pluggable, GroupOptions):
             never.
         aux_warmup_steps: optimizer steps, or below 1 their share of all, in which the coefficients of the auxiliary
             losses grow from 0 to what they are.
+        remember_mib: memory of the CPU, for each process, for what the layers below the first with experts make of each
+            text: 4 bytes times width times tokens. They do not change, so that later passes leave them out. 0 is none.
     """
 
     kind: str = "sft"
@@ -62,6 +69,7 @@ class SFTConfig(Pluggable, GroupOptions):
     step_balance: bool = False
     aux_warmup_steps: Annotated[float, Field(ge=0)] = 0
     collapse_alarm: AlarmConfig | bool = True
+    remember_mib: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("args")
     @classmethod
@@ -111,6 +119,16 @@ class SFTConfig(Pluggable, GroupOptions):
         """The fresh model of a recipe whose trainer this is."""
         return attach(backbone, mixture)
 
+    def remember(self, model: MoELoRAModel) -> LowerStates | None:
+        """What ``model`` keeps from here on of the layers below its first one with experts; see ``remember_mib``."""
+        lower = model.remember(self.remember_mib * 2**20)
+        if self.remember_mib and lower is None:
+            logger.warning(
+                "remember_mib keeps nothing: the first layer has experts already, or something below the first with "
+                "experts is trained; set mixture.sites.layers, such as '24:'"
+            )
+        return lower
+
     def trainer_options(self) -> dict[str, Any]:
         """What :class:`~moelora.trainers.MixtureTrainer` is told beside its arguments."""
         groups = GroupOptions.parse({name: getattr(self, name) for name in GroupOptions.model_fields})
@@ -135,6 +153,13 @@ def known_arguments(value: dict[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from None
     return value
+
+
+def collator_for(model: MoELoRAModel, pad_token_id: int, packing: bool) -> data.Collator:
+    """What makes batches; the output layer runs on answers alone where the backbone can be told so."""
+    known = inspect.signature(model.backbone.forward).parameters
+    answers_only = not packing and {"logits_to_keep", "position_ids"} <= set(known)
+    return data.Collator(pad_token_id, with_task_ids=True, answers_only=answers_only)
 
 
 class SFTTrainer(MixtureTrainer):
@@ -206,6 +231,7 @@ class SFT:
         set_seed(recipe.seed)
         model: MoELoRAModel = recipe.trainer.attach(backbone, recipe.mixture)
         model.tokenizer = tokenizer
+        recipe.trainer.remember(model)
         return model
 
     @classmethod
@@ -221,7 +247,7 @@ class SFT:
         return cls.Trainer(
             model,
             args,
-            data_collator=data.Collator(tokenizer.pad_token_id, with_task_ids=True),
+            data_collator=collator_for(model, tokenizer.pad_token_id, recipe.packing),
             train_dataset=train,
             eval_dataset=test,
             processing_class=tokenizer,
