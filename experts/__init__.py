@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import EXPERTS
-from . import dora, frozen, lora, low_rank, rank1, shared_a, sparse_projection
+from . import dora, freezing, frozen, lora, low_rank, rank1, shared_a, sparse_projection
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
 from .build import build
@@ -25,6 +25,7 @@ __all__ = [
     "SavedModule",
     "build",
     "dora",
+    "freezing",
     "frozen",
     "get",
     "is_linear",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import TRAINERS
-from . import clip, continual, lora_mixer, remix, reward, sft
+from . import clip, continual, continual_moe_adapter, lora_mixer, remix, reward, sft
 from .alarm import AlarmConfig, CollapseAlarm
 from .clip import ClipTrainer
 from .continual import ContinualTrainer
@@ -34,6 +34,7 @@ __all__ = [
     "TimeBudget",
     "clip",
     "continual",
+    "continual_moe_adapter",
     "get",
     "lora_mixer",
     "names",

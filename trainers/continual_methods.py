@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Wants = Mapping[str, Mapping[str, Any]]
 
-CONTINUAL_METHODS: Registry[Any] = Registry("continual-learning method", "moelora.trainers.continual_methods")
+CONTINUAL_METHODS: Registry[Any] = Registry("continual-learning method", "moelora.trainers")
 
 
 class MethodConfig(Pluggable):

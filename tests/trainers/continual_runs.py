@@ -29,6 +29,10 @@ SITES: dict[str, dict[str, Any]] = {
     "joint": {"experts": LORA},
     "o_lora": {"experts": RANK1, "router": {"kind": "static", "weights": "ones"}},
     "loramoe": {"experts": {**LORA, "num_experts": 2}, "router": {"kind": "softmax", "aux_loss_coef": 0}},
+    "moe_adapter": {
+        "experts": {**LORA, "kind": "freezing", "num_experts": 3},
+        "router": {"kind": "moe_adapter", "top_k": 2},
+    },
     "flylora": {
         "experts": {"kind": "sparse_projection", "r": 4, "alpha": 8},
         "router": {"kind": "flylora", "top_k": 2},
