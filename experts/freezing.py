@@ -60,20 +60,20 @@ class FreezingExperts(ExpertBank):
     """``alpha / r * B_e A_e x`` for each expert e. In a fresh bank the frozen ones are zero until they are loaded.
 
     Parameters:
-        lora_A: (R - F, D), lora_B: (O, R - F) of the trained experts, in their order. frozen_lora_A: (F, D),
-            frozen_lora_B: (O, F) of those that are frozen; absent where none is.
+        lora_A: (R - F, D), lora_B: (O, R - F) of the trained experts, in their order. old_lora_A: (F, D),
+            old_lora_B: (O, F) of those that are frozen; absent where none is.
     """
 
     Config = FreezingConfig
     config: FreezingConfig
 
-    frozen_lora_A: nn.Parameter | None
-    frozen_lora_B: nn.Parameter | None
+    old_lora_A: nn.Parameter | None
+    old_lora_B: nn.Parameter | None
 
     def __init__(self, config: FreezingConfig, in_features: int, out_features: int, name: str = "") -> None:
         super().__init__(config, in_features, out_features, name)
-        self.register_parameter("frozen_lora_A", None)
-        self.register_parameter("frozen_lora_B", None)
+        self.register_parameter("old_lora_A", None)
+        self.register_parameter("old_lora_B", None)
         trained, frozen = sum(self.down_ranks), sum(self._ranks(True))
         if frozen:
             self.lora_B = nn.Parameter(self.lora_B.new_zeros(out_features, trained))
@@ -88,10 +88,10 @@ class FreezingExperts(ExpertBank):
         return self._ranks(False)
 
     def down(self) -> Tensor:
-        return self._in_order(self.lora_A, self.frozen_lora_A, 0)
+        return self._in_order(self.lora_A, self.old_lora_A, 0)
 
     def up(self) -> Tensor:
-        return self._in_order(self.lora_B, self.frozen_lora_B, 1)
+        return self._in_order(self.lora_B, self.old_lora_B, 1)
 
     def _in_order(self, trained: Tensor, frozen: Tensor | None, dim: int) -> Tensor:
         """All experts along ``dim``."""
@@ -109,10 +109,10 @@ class FreezingExperts(ExpertBank):
         none_A, none_B = self.lora_A[:0], self.lora_B[:, :0]  # there may be no experts of a sort
         self.lora_A = nn.Parameter(torch.cat([none_A, *(parts_A[e] for e in trained)]))
         self.lora_B = nn.Parameter(torch.cat([none_B, *(parts_B[e] for e in trained)], dim=1))
-        self.frozen_lora_A = self.frozen_lora_B = None
+        self.old_lora_A = self.old_lora_B = None
         if frozen := sorted(config.frozen):
             self._keep(torch.cat([parts_A[e] for e in frozen]), torch.cat([parts_B[e] for e in frozen], dim=1))
 
     def _keep(self, A: Tensor, B: Tensor) -> None:
-        self.frozen_lora_A = nn.Parameter(A, requires_grad=False)
-        self.frozen_lora_B = nn.Parameter(B, requires_grad=False)
+        self.old_lora_A = nn.Parameter(A, requires_grad=False)
+        self.old_lora_B = nn.Parameter(B, requires_grad=False)

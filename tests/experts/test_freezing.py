@@ -49,11 +49,11 @@ def test_freezing_changes_no_number(frozen: list[int]) -> None:
     assert torch.equal(bank.down(), A) and torch.equal(bank.up(), B)
     trained = sum(rank for expert, rank in enumerate(RANKS) if expert not in frozen)
     assert bank.lora_A.shape == (trained, 8) and bank.lora_B.shape == (6, trained)
-    assert bank.lora_A.requires_grad and not bank.frozen_lora_A.requires_grad
+    assert bank.lora_A.requires_grad and not bank.old_lora_A.requires_grad
     fresh = FreezingExperts(config, 8, 6)
     fresh.load_state_dict(bank.state_dict())
     assert torch.equal(fresh.down(), A) and torch.equal(fresh.up(), B)
-    assert not fresh.frozen_lora_B.requires_grad
+    assert not fresh.old_lora_B.requires_grad
 
 
 def test_what_was_frozen_stays_so_through_further_ones_and_training() -> None:
@@ -111,6 +111,16 @@ def test_single_sites_may_freeze_experts_of_their_own(tiny_llama: LlamaForCausal
     assert trained == {"lora_A", "lora_B", "weight"}
 
 
+def test_more_ranks_than_features_are_saved_and_loaded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    experts = {"kind": "freezing", "num_experts": 4, "r": 20, "frozen": [0, 3]}
+    site = {"target": "q_proj", "experts": experts, "router": {"kind": "topk", "top_k": 2}}
+    model = moelora.attach(tiny_llama, {"sites": [site]})
+    model.save_pretrained(tmp_path)
+    model.unload()
+    again = moelora.from_pretrained(tmp_path, backbone=tiny_llama)
+    assert all(container.lora_A.shape == (80, 32) for container in again.containers().values())
+
+
 @pytest.mark.parametrize("mlp", ["gate_proj", "mlp"])
 def test_in_a_block_every_projection_freezes_the_same_experts(tiny_llama: LlamaForCausalLM, mlp: str) -> None:
     site = {
@@ -121,7 +131,7 @@ def test_in_a_block_every_projection_freezes_the_same_experts(tiny_llama: LlamaF
     model = moelora.attach(tiny_llama, {"sites": [site]})
     for container in model.containers().values():
         for bank in container.banks():
-            assert bank.frozen_lora_A.shape[0] == 2 and bank.lora_A.shape[0] == 4
+            assert bank.old_lora_A.shape[0] == 2 and bank.lora_A.shape[0] == 4
 
 
 @pytest.mark.parametrize(

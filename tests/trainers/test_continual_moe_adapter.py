@@ -159,10 +159,10 @@ def test_a_block_freezes_the_same_experts_in_every_projection(tiny_llama: LlamaF
     freeze_and_add(model)
     for name, bank in banks.items():
         assert torch.equal(bank.down(), before[name][0]) and torch.equal(bank.up(), before[name][1])
-        assert bank.frozen_lora_A.shape[0] == 4 and len(bank.config.frozen) == 2
+        assert bank.old_lora_A.shape[0] == 4 and len(bank.config.frozen) == 2
     learn(tmp_path, model, method_of("sequential"), 2)
     moved = [name for name, bank in banks.items() if not torch.equal(bank.up(), before[name][1])]
-    assert moved and all(bank.frozen_lora_A.grad is None for bank in banks.values())
+    assert moved and all(bank.old_lora_A.grad is None for bank in banks.values())
 
 
 def test_gradient_checkpointing_leaves_the_same_model(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
