@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .sharded import (
     optimizer_state_only,
     process_lost,
     refuse_foreign_state,
+    scalars_as_rows,
     whole_shape,
     whole_state,
 )
@@ -230,9 +231,11 @@ class CheckpointingTrainer(StreamingTrainer):
             self._restore_adapter(Path(resume_from_checkpoint))
         deepspeed = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         given = None if deepspeed else resume_from_checkpoint
-        result = super()._prepare_for_training(  # type: ignore[no-untyped-call]
-            max_steps, train_dataloader, given
-        )
+        whole = self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled()
+        with scalars_as_rows(self.model) if whole else nullcontext():
+            result = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, given
+            )
         if deepspeed:
             # As the Trainer does for PEFT models: DeepSpeed's files hold no weights, so not strictly.
             assert resume_from_checkpoint is not None

@@ -6,6 +6,12 @@ over the images (:func:`~moelora.clip.clip_loss`, as MoRAM's released code has i
 step, since the text encoder learns too. A task is scored by the share of its test images whose class the model finds
 among those of all tasks, learnt or not (X-TAIL), or of its own (MTIL).
 
+The second term compares the images of one micro-batch with each other, so it is no sum over images: a larger batch is
+not the mean of its parts. Each process has the loss of its own micro-batch, with no image of another's, and gradients
+are averaged. So P processes that accumulate A micro-batches take the step of one process that accumulates P A
+micro-batches of the same size, under DDP and ZeRO up to stage 2; not that of one with a batch P times as large. Set
+``per_device_train_batch_size`` to the batch in which classes should be told apart, and let processes add micro-batches.
+
 Shapes: N images of a batch.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import CheckpointError, ConfigError
@@ -117,6 +117,23 @@ def gather_with_containers(model: MoELoRAModel) -> None:
             register_external_parameter(container, parameter)
     for parameter in model.used_outside():
         register_external_parameter(model, parameter)
+
+
+@contextmanager
+def scalars_as_rows(model: nn.Module) -> Iterator[None]:
+    """Give frozen parameters without an axis one for a while, and take it off again.
+
+    DeepSpeed looks at every parameter as bytes when it sends them to all processes, and a tensor without an axis, such
+    as the ``logit_scale`` of CLIP, cannot be looked at so.
+    """
+    scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0 and not parameter.requires_grad]
+    for parameter in scalars:
+        parameter.data = parameter.data.view(1)
+    try:
+        yield
+    finally:
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
 
 
 def refuse_foreign_state(folder: Path, run_dir: Path, processes: int) -> None:
