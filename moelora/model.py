@@ -197,7 +197,7 @@ class MoELoRAModel(Recomputing):
         self._check_checkpointing()
         known = {name: value for name, value in routing.items() if value is not None}
         with self._passes.whole(), self.routing_context(**known), self._above(kwargs):
-            with self.slot.using(listener=listener):
+            with self._passes.flat_head(kwargs), self.slot.using(listener=listener):
                 output = self.backbone(**kwargs, return_dict=True)
             if keep and heard:
                 items = kwargs.get("num_items_in_batch")

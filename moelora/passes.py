@@ -103,6 +103,23 @@ class Passes:
             self.watch.forget()
             self._inside.clear()
 
+    @contextmanager
+    def flat_head(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Around a forward that asks for the logits of some positions: compute those of all rows in one product.
+
+        The positions are cut out of longer rows, and as such a slice torch multiplies them row by row, so that the
+        weights of the vocabulary are read once for each.
+        """
+        head = self.backbone.get_output_embeddings()
+        if not given.get("logits_to_keep") or head is None:
+            yield
+            return
+        hook = head.register_forward_pre_hook(lambda module, args: tuple(each.contiguous() for each in args))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every backbone forward, generation's too: take the padding mask and fit the context to the batch."""
         before = self.slot.context

@@ -223,3 +223,14 @@ def test_what_does_not_fit_the_batch_is_named(tiny_llama: LlamaForCausalLM, know
     with pytest.raises(UserError, match=words):
         model(IDS, **known)
     assert model._passes.contexts == []
+
+
+def test_logits_of_some_positions_are_one_product(tiny_llama: LlamaForCausalLM) -> None:
+    model = attached(tiny_llama, "q_proj", kind="topk", top_k=1)
+    ids = torch.arange(12).view(2, 6) + 1
+    flat: list[bool] = []
+    tiny_llama.lm_head.register_forward_hook(lambda module, args, output: flat.append(args[0].is_contiguous()))
+    kept = model(ids, logits_to_keep=2).logits
+    whole = model(ids).logits
+    torch.testing.assert_close(kept, whole[:, -2:], atol=1e-6, rtol=0)
+    assert flat == [True, True] and not tiny_llama.lm_head._forward_pre_hooks
