@@ -52,6 +52,15 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
         "flylora",
         {"experts": {"kind": "sparse_projection", "r": 16, "alpha": 16}, "router": {"kind": "flylora", "top_k": 4}},
     ),
+    # The authors have two experts for each task. With eight of rank 2 and what is frozen, the trained parameters of a
+    # task are those of the others on average: more in the first, fewer in the last.
+    "moe_adapter": (
+        "moe_adapter",
+        {
+            "experts": {**SPLIT, "kind": "freezing", "num_experts": 8, "r": 2, "alpha": 2},
+            "router": {"kind": "moe_adapter", "top_k": 2},
+        },
+    ),
     "replay": ({"kind": "replay", "budget": 64}, {"experts": LORA}),
     "joint": ("joint", {"experts": LORA}),
 }

@@ -153,8 +153,8 @@ def test_noise_is_of_the_learned_size_and_in_training_alone() -> None:
 
 def test_noise_of_a_generator_is_kept_for_a_recomputation() -> None:
     router = make(1).train()
-    inputs = RouteInput(X, None, RoutingContext(task_ids=torch.zeros(3), generator=torch.Generator()), SITE)
-    inputs = replace(inputs, context=replace(inputs.context, task_ids=torch.zeros(3, dtype=torch.long)))
+    context = RoutingContext(task_ids=torch.tensor([0, 0, 0]), generator=torch.Generator())
+    inputs = RouteInput(X, None, context, SITE)
     first = router.route(inputs)
     again = router.route(replace(inputs, replay=first.decision()))
     assert torch.equal(first.weights, again.weights) and torch.equal(first.logits, again.logits)

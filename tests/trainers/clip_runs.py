@@ -22,6 +22,10 @@ LORA = {"kind": "lora", "num_experts": 1, "r": 2, "alpha": 4, "dropout": 0.0}
 SITES: dict[str, dict[str, Any]] = {
     "moram": {"experts": RANK1, "router": MORAM},
     "per_task": {"experts": RANK1, "router": {"kind": "mask", "by": "task"}},
+    "moe_adapter": {
+        "experts": {**LORA, "kind": "freezing", "num_experts": 3},
+        "router": {"kind": "moe_adapter", "top_k": 2},
+    },
     "replay": {"experts": LORA},
     "joint": {"experts": LORA},
 }

@@ -232,7 +232,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(whole, backbone, t
         assert one == other
 
 
-@pytest.mark.parametrize("method", ["per_task", {"kind": "replay", "budget": 2}, "joint"])
+@pytest.mark.parametrize("method", ["per_task", "moe_adapter", {"kind": "replay", "budget": 2}, "joint"])
 def test_other_methods_run_on_images(method, backbone, tmp_path):
     values = clip_runs.recipe(tmp_path, backbone, method)
     values["trainer"]["args"].update(max_steps=1, save_strategy="no")
