@@ -16,10 +16,11 @@ from typing import Any, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, CLIPConfig, CLIPModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from . import backbone as loading
 from .config import BackboneConfig
+from .data.image_digits import digits_words
 from .errors import UserError
 from .gguf import made_once
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 SMALL = "digits-clip"
 # Of the small model: change it with anything that changes its weights.
 SMALL_VERSION = "1"
+# Its first tokens; the words come after them.
+SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +84,7 @@ def load_clip(name: str | Path | BackboneConfig = SMALL, **options: Unpack[loadi
     source, places = loading._source(config.model_copy(update={"name": source}))
     with loading.explained(config.name):
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False, **places)
-    if not isinstance(model_config, CLIPConfig):
-        raise UserError(f"backbone {config.name!r} is a model of type {model_config.model_type!r}, not a CLIP model")
+    check_clip(config.name, model_config)
     arguments = loading.loading_arguments(config, model_config, None)
     with loading.explained(config.name):
         model = CLIPModel.from_pretrained(source, config=model_config, **arguments, **places)
@@ -92,6 +94,12 @@ def load_clip(name: str | Path | BackboneConfig = SMALL, **options: Unpack[loadi
         model.config._name_or_path = SMALL
     loading.settle(model, config)
     return Clip(model, tokenizer, images)
+
+
+def check_clip(name: str, config: PreTrainedConfig) -> None:
+    """Refuse any other model, before a weight is read."""
+    if not isinstance(config, CLIPConfig):
+        raise UserError(f"backbone {name!r} is a model of type {config.model_type!r}, not a CLIP model")
 
 
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, labels: Tensor, seen: int = 0) -> Tensor:
@@ -109,6 +117,15 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, labels: 
     shown = F.one_hot(labels, len(text_embeds)).to(logits.dtype)
     of_texts = -(shown * logits.log_softmax(dim=0)).sum() / (seen + len(text_embeds))
     return F.cross_entropy(logits, labels) + of_texts
+
+
+def small_config() -> CLIPConfig:
+    """Of the small model: two layers of width 64 in each encoder, and a token for each word."""
+    encoder = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    text = {**encoder, **ids, "vocab_size": len(SPECIAL) + len(digits_words()), "max_position_embeddings": 16}
+    vision = {**encoder, "image_size": 8, "patch_size": 2}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
 
 
 def small_clip(seed: int = 0) -> Path:

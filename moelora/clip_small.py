@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .clip import Clip, clip_loss, unit
+from .clip import SPECIAL, Clip, clip_loss, small_config, unit
 from .data.image_digits import digits_base, digits_words
 
 logger = logging.getLogger(__name__)
 
-SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
 STEPS, BATCH, RATE, DECAY = 500, 128, 2e-3, 0.05
 
 
@@ -38,19 +37,13 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 def untrained(seed: int) -> Clip:
     """The model with random weights."""
     tokenizer = word_tokenizer(digits_words())
-    encoder = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
-    text = {**encoder, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    config = CLIPConfig(
-        text_config=text, vision_config={**encoder, "image_size": 8, "patch_size": 2}, projection_dim=64
-    )
     side = {"height": 8, "width": 8}
     images = CLIPImageProcessorPil(
         size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=False, do_center_crop=False
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIPModel(config)
+        model = CLIPModel(small_config())
     return Clip(model, tokenizer, images)
 
 

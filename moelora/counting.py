@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .backbone import load_tokenizer
-from .config import DataConfig, Recipe, SequenceData
+from .config import DataConfig, ImageSequenceData, Recipe, SequenceData
 from .errors import UserError
 from .gguf import DEFAULT_BACKBONE, GGUF_SHA256, cache_folder
 
 if TYPE_CHECKING:
     from .data import Example
+    from .data.image_sequences import ImageTask
 
 # More are not tokenised for a plan: the mean of so many is good enough.
 SAMPLE = 2000
@@ -61,6 +62,8 @@ def count_data(recipe: Recipe, world: int) -> Data:
     fixed = int(args["max_steps"]) if int(args["max_steps"]) > 0 else None
     if recipe.data is None:
         return Data(None, None, False, fixed, batch, ["the recipe names no data"])
+    if isinstance(recipe.data, ImageSequenceData):
+        return _count_images(recipe.data, batch)
     from .data import tokenize
     from .data.examples import streamed
     from .data.packing import packed
@@ -89,6 +92,32 @@ def count_data(recipe: Recipe, world: int) -> Data:
         batches = math.ceil(math.ceil(count / size) / world)
         steps = math.ceil(float(args["num_train_epochs"]) * max(1, math.ceil(batches / accumulation)))
     return Data(count, tokens, exact, steps, batch, unknown)
+
+
+def most_classes(recipe: Recipe) -> int | None:
+    """Classes of the task of images that has most of them; ``None`` where the data cannot be had."""
+    if not isinstance(recipe.data, ImageSequenceData):
+        return None
+    try:
+        return max(len(task.classes) for task in _image_tasks(recipe.data))
+    except UserError:
+        return None
+
+
+def _count_images(config: ImageSequenceData, batch: int) -> Data:
+    try:
+        count = sum(len(task.train) for task in _image_tasks(config))
+    except UserError as error:
+        return Data(None, None, False, None, batch, [str(error)])
+    return Data(
+        count, None, False, None, batch, ["tokens, for these are images", "steps, which each stage has of its own"]
+    )
+
+
+def _image_tasks(config: ImageSequenceData) -> list[ImageTask]:
+    from .data.image_sequences import read_images
+
+    return read_images(config).ordered(config.order)
 
 
 def _examples(config: DataConfig) -> list[Example]:

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from .schema import Closed
 
+# What experts are put on: a causal language model, or a CLIP model.
+Carrier = Literal["language", "clip"]
 IMAGE_SEQUENCE_NAMES = ("digits", "x-tail", "mtil")
 
 

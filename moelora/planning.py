@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .config import Recipe
-from .counting import Data, count_data
+from .counting import Data, count_data, most_classes
 from .experts import BlockContainer, Container
 from .mixture import MoELoRAModel
 from .shapes import read_shape, sketch_backbone, storage_bytes
@@ -117,7 +117,7 @@ def plan(recipe: Recipe, world: int = 1, backbone_config: Path | None = None) ->
     """
     args = recipe.trainer.args
     on_gpu = not args.get("use_cpu", False)
-    config = read_shape(recipe.backbone, backbone_config)
+    config = read_shape(recipe.backbone, backbone_config, recipe.trainer.carrier)
     backbone = sketch_backbone(recipe.backbone, config, on_gpu)
     kind, dtype = type(backbone).__name__, str(backbone.dtype).removeprefix("torch.")
     with torch.device("meta"):
@@ -125,7 +125,8 @@ def plan(recipe: Recipe, world: int = 1, backbone_config: Path | None = None) ->
     trained, frozen = _counts(model)
     sharing = read_sharing(args, world)
     pieces = [*_weights(model, sharing, recipe), *_training(sum(trained.values()), args, sharing, config)]
-    pieces.append(_activations(model, recipe, config))
+    activations = _activations_of_clip if recipe.trainer.carrier == "clip" else _activations
+    pieces.append(activations(model, recipe, config))
     stored = recipe.backbone.quantization or "as it is"
     name = (
         f"{recipe.backbone.name} ({kind}, stored {stored}, computing in {dtype} as on a {'GPU' if on_gpu else 'CPU'})"
@@ -195,21 +196,40 @@ def _activations(model: MoELoRAModel, recipe: Recipe, config: Any) -> Piece:
     """
     args, text = recipe.trainer.args, config.get_text_config()
     tokens = int(args.get("per_device_train_batch_size", 8)) * recipe.max_length
-    width, vocabulary = int(getattr(text, "hidden_size", 0)), int(getattr(text, "vocab_size", 0))
-    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
-    layers = int(getattr(text, "num_hidden_layers", 1))
+    kept, size, formula, known = _kept(model, args, text)
+    logits = int(getattr(text, "vocab_size", 0)) * (size + 8)
+    how = f"{tokens:,} tokens x ({formula} + vocabulary x (b + 8)), {known}"
+    return Piece("activations", "device", tokens * (kept + logits), how, estimate=True)
+
+
+def _activations_of_clip(model: MoELoRAModel, recipe: Recipe, config: Any) -> Piece:
+    """The same of both encoders: the patches of a batch of images, and the prompts of the task with most classes."""
+    args, vision, text = recipe.trainer.args, config.vision_config, config.text_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    images = int(args.get("per_device_train_batch_size", 8))
+    classes = most_classes(recipe)
+    prompts = f"{classes:,} prompts of at most" if classes is not None else "the prompts, whose number is unknown, of"
+    of_images, _, formula, seen = _kept(model, args, vision)
+    of_texts, _, _, read = _kept(model, args, text)
+    length = text.max_position_embeddings
+    how = f"{images:,} images of {patches} tokens x {formula}, {seen}; {prompts} {length} tokens x the same, {read}"
+    total = images * patches * of_images + (classes or 0) * length * of_texts
+    return Piece("activations", "device", total, how, estimate=True)
+
+
+def _kept(model: MoELoRAModel, args: dict[str, Any], encoder: Any) -> tuple[int, int, str, str]:
+    """What the layers keep of a token, and the width of a number, in bytes; how it comes about, and of what."""
+    width = int(getattr(encoder, "hidden_size", 0))
+    inner = int(getattr(encoder, "intermediate_size", None) or 4 * width)
+    layers = int(getattr(encoder, "num_hidden_layers", 1))
     half = bool(args.get("bf16") or args.get("fp16")) or model.backbone.dtype != torch.float32
     size = 2 if half else 4
     sets = 1 + max((_experts_of_a_token(container) for container in model.containers().values()), default=0)
     layer = size * (10 * width + 4 * inner * sets)
-    logits = vocabulary * (size + 8)
     checkpointed = bool(args.get("gradient_checkpointing"))
     kept = layers * size * width + layer if checkpointed else layers * layer
-    how = (
-        f"{tokens:,} tokens x ({'layers x b x h + ' if checkpointed else 'layers x '}b x (10 h + 4 f x {sets}) + "
-        f"vocabulary x (b + 8)), b = {size} bytes, h = {width:,}, f = {inner:,}, {layers} layers"
-    )
-    return Piece("activations", "device", tokens * (kept + logits), how, estimate=True)
+    formula = f"{'layers x b x h + ' if checkpointed else 'layers x '}b x (10 h + 4 f x {sets})"
+    return kept, size, formula, f"b = {size} bytes, h = {width:,}, f = {inner:,}, {layers} layers"
 
 
 def _experts_of_a_token(container: Container) -> int:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    CLIPConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,6 +23,7 @@ from .backbone import check_causal, loading_arguments
 from .config import BackboneConfig
 from .errors import UserError
 from .gguf import DEFAULT_BACKBONE
+from .image_config import Carrier
 
 # Of the embedded default, whose weights are fixed by their sha256.
 DEFAULT_SHAPE: dict[str, Any] = {
@@ -38,17 +41,25 @@ DEFAULT_SHAPE: dict[str, Any] = {
 NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 4 * (16 + 256 + 1)
 
 
-def read_shape(backbone: BackboneConfig, given: Path | None = None) -> PreTrainedConfig:
+def read_shape(backbone: BackboneConfig, given: Path | None = None, carrier: Carrier = "language") -> PreTrainedConfig:
     """The configuration of a backbone; no weights are read or fetched.
 
     Args:
         given: a ``config.json``, or the folder where one lies, to take in place of the backbone's own.
+        carrier: what the backbone should be: a causal language model, or a CLIP model.
 
     Raises:
-        UserError: it cannot be had, or is not that of a causal language model.
+        UserError: it cannot be had, or is that of another model.
     """
-    if given is None and backbone.name == DEFAULT_BACKBONE:
+    if given is None and backbone.name == DEFAULT_BACKBONE and carrier == "language":
         return LlamaConfig(**DEFAULT_SHAPE)
+    check = check_causal
+    if carrier == "clip":
+        from .clip import SMALL, check_clip, small_config
+
+        if given is None and backbone.name == SMALL:
+            return small_config()
+        check = check_clip
     places: dict[str, Any] = {"revision": backbone.revision, "subfolder": backbone.subfolder or ""}
     source = Path(backbone.name).expanduser()
     if given is not None:
@@ -66,7 +77,7 @@ def read_shape(backbone: BackboneConfig, given: Path | None = None) -> PreTraine
             "config.json alone: give one, or a folder that holds it, with --backbone-config, or name a local folder "
             "(backbone.name=FOLDER)"
         ) from None
-    check_causal(backbone.name, config)
+    check(backbone.name, config)
     return config  # type: ignore[no-any-return]
 
 
@@ -87,7 +98,8 @@ def sketch_backbone(backbone: BackboneConfig, config: PreTrainedConfig, on_gpu: 
         dtype = getattr(config, "dtype", None) or torch.float32
     quantization = arguments.get("quantization_config") or _stored(config)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        kind: Any = AutoModel if isinstance(config, CLIPConfig) else AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_config(config, dtype=dtype)
         if quantization is not None:
             AutoHfQuantizer.from_config(quantization).preprocess_model(model, device_map=None)
     model.requires_grad_(False)

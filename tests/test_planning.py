@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPModel
 
 import moelora
 from moelora.cli.launch_files import shipped
+from moelora.clip import small_config
 from moelora.config import Recipe, card_names, load_recipe
 from moelora.errors import ConfigError, UserError
 from moelora.planning import plan
@@ -68,18 +69,43 @@ def test_loramoe_on_llama_2_7b_has_the_published_share() -> None:
 @pytest.mark.parametrize("card", card_names())
 def test_every_card_is_planned_as_it_is_built(card: str, tiny_llama: Any, tmp_path: Path) -> None:
     """On a tiny backbone: the counts of a plan are those of the model."""
-    tiny_llama.config.save_pretrained(tmp_path)
     given = load_recipe(card, ["data=null", f"backbone.name={tmp_path}", "backbone.quantization=fp32"]).to_dict()
+    tiny = tiny_llama
+    if given["trainer"]["kind"] == "clip":
+        tiny = CLIPModel(small_config()).requires_grad_(False)
+    tiny.config.save_pretrained(tmp_path)
     for site in given["mixture"]["sites"]:
         site["layers"] = None  # those of a card may not be among two
     sites = given["mixture"]["sites"]
     given["mixture"]["sites"] = sites[:1] if len({str(site["target"]) for site in sites}) < len(sites) else sites
     read = Recipe.parse(given)
     planned = plan(read)
-    built = read.trainer.attach(tiny_llama, read.mixture)
+    built = read.trainer.attach(tiny, read.mixture)
     parameters = list(built.parameters())
     assert sum(planned.trained.values()) == sum(p.numel() for p in parameters if p.requires_grad)
     assert sum(planned.frozen.values()) == sum(p.numel() for p in parameters if not p.requires_grad)
+
+
+def test_image_tasks_are_planned_over_both_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("MOELORA_CACHE", str(tmp_path))
+    given = load_recipe("moram_clip", [f"trainer.args.deepspeed={shipped('deepspeed')['zero2'].read_text()}"])
+    one, two = plan(given), plan(given, 2)
+    assert not list(tmp_path.iterdir())  # the small model is not trained for it
+    assert (two.data.examples, two.data.batch, two.data.steps) == (544, 64, None)
+    assert 2 * bytes_of(two, "optimizer")[1] == bytes_of(one, "optimizer")[1] == 8 * one.trained["experts"]
+    # 32 images of 17 tokens and 5 prompts of 16, in two layers of width 64 each.
+    assert bytes_of(one, "activations")[1] == (32 * 17 + 5 * 16) * 2 * 4 * (10 * 64 + 4 * 128)
+    absent = plan(load_recipe("moram_clip", ["data={kind: images, name: mtil, path: nowhere}"]))
+    assert absent.data.examples is None and "nowhere" in absent.data.unknown[0]
+
+
+def test_a_backbone_of_the_wrong_kind_is_not_planned(backbone_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a model of type 'llama', not a CLIP model"):
+        plan(load_recipe("moram_clip", [f"backbone.name={backbone_folder}"]))
+    CLIPModel(small_config()).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not a causal language model"):
+        plan(recipe(tmp_path))
 
 
 def test_modules_that_are_trained_whole_are_counted_apart(backbone_folder: Path) -> None:

@@ -29,10 +29,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..clip import Clip, clip_loss, load_clip
 from ..config import ImageSequenceData, Recipe
-from ..data.image_sequences import ImageSplit, ImageTask, read_image_sequence
+from ..data.image_sequences import ImageSplit, ImageTask, read_images
 from ..data.sets import RecipeData
 from ..errors import DataError
 from ..evaluation.clip import right_answers
+from ..image_config import Carrier
 from ..mixture import MoELoRAModel
 from ..registry import TRAINERS
 from .continual import Content, Continual, ContinualTrainer
@@ -52,6 +53,8 @@ class ClipConfig(ContinualConfig):
         among: the classes that a test image may be of: those of ``all`` tasks of the sequence, or of its ``own``.
         eval_batch_size: images, and prompts, that are encoded at once.
     """
+
+    carrier: ClassVar[Carrier] = "clip"
 
     kind: str = "clip"
     among: Literal["all", "own"] = "all"
@@ -240,8 +243,7 @@ class ClipRun(Continual):
 
     @classmethod
     def tasks_of(cls, config: Any) -> tuple[str, list[Any]]:
-        options: dict[str, Any] = {name: getattr(config, name) for name in ("shots", "test_size", "seed", "path")}
-        sequence = read_image_sequence(config.name, **options)
+        sequence = read_images(config)
         order = next(iter(sequence.orders)) if config.order is None else config.order
         tasks = [PictureTask(place, task) for place, task in enumerate(sequence.ordered(config.order))]
         return f"{sequence.name} {sequence.version}, order {order}", tasks

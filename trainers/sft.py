@@ -17,6 +17,7 @@ from .. import data
 from ..backbone import load_backbone
 from ..config import MixtureConfig, Pluggable, Recipe
 from ..errors import ConfigError
+from ..image_config import Carrier
 from ..lower import LowerStates
 from ..mixture import MoELoRAModel, attach
 from ..registry import TRAINERS, closest
@@ -63,6 +64,8 @@ class SFTConfig(Pluggable, GroupOptions):
         remember_mib: memory of the CPU, for each process, for what the layers below the first with experts make of each
             text: 4 bytes times width times tokens. They do not change, so that later passes leave them out. 0 is none.
     """
+
+    carrier: ClassVar[Carrier] = "language"  # the model that experts are put on, for a plan
 
     kind: str = "sft"
     args: dict[str, Any] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import ImageSequenceData
 from ..errors import ConfigError, DataError
 from ..registry import closest
 
@@ -192,6 +193,13 @@ def read_image_sequence(
         known = list(IMAGE_SEQUENCES)
         raise ConfigError(f"unknown image sequence {name!r}: known are {', '.join(known)}{closest(name, known)}")
     return IMAGE_SEQUENCES[name](shots, test_size, seed, path)
+
+
+def read_images(config: ImageSequenceData) -> ImageSequence:
+    """The sequence of a recipe; see :func:`read_image_sequence`."""
+    return read_image_sequence(
+        config.name, shots=config.shots, test_size=config.test_size, seed=config.seed, path=config.path
+    )
 
 
 def _digits(shots: int, test_size: int | None, seed: int, path: str | None) -> ImageSequence:
