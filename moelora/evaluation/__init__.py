@@ -1,7 +1,12 @@
-"""How well a model answers, by what it generates or finds likely, and in lm-evaluation-harness; how well it rewards."""
+"""How well a model answers, by generation, likelihood and lm-evaluation-harness; how well it rewards and remembers."""
 
 from __future__ import annotations
 
+from .accuracy_matrix import AccuracyMatrix as AccuracyMatrix
+from .continual import write_continual as write_continual
+from .continual_comparison import MethodReport as MethodReport
+from .continual_comparison import compare_methods as compare_methods
+from .continual_comparison import write_comparison as write_comparison
 from .harness import HarnessReport as HarnessReport
 from .harness import load_tasks as load_tasks
 from .harness import run_tasks as run_tasks
