@@ -46,7 +46,6 @@ def methods(r: int, alpha: int, moram: Mapping[str, Any], replay: int) -> dict[s
         "sequential": ("sequential", {"experts": lora}),
         "per_task": ("per_task", {"experts": rank1, "router": {"kind": "mask", "by": "task"}}),
         "o_lora": ("o_lora", {"experts": rank1, "router": {"kind": "static", "weights": "ones"}}),
-        "moe": ("sequential", {"experts": split, "router": {"kind": "topk", "top_k": 2, "aux_loss_coef": 0.01}}),
         "loramoe": ("loramoe", {"experts": split, "router": {"kind": "softmax", "aux_loss_coef": 0}}),
         "moe_adapter": ("moe_adapter", {"experts": freezing, "router": {"kind": "moe_adapter", "top_k": 2}}),
         "flylora": ("flylora", {"experts": fly, "router": {"kind": "flylora", "top_k": r // 4}}),
