@@ -13,18 +13,13 @@ TASKS: dict[str, dict[str, Any]] = {  # short questions of different character; 
     "syllogism": {"allow_some": False, "allow_some_not": False, "invalid_ratio": 0.5, "inversion_probability": 0.0},
     "needle_haystack": {"min_num_statements": 2, "max_num_statements": 3},
     "word_sequence_reversal": {"min_words": 2, "max_words": 3},
-    "spell_backward": {"min_word_len": 3, "max_word_len": 3},
     "number_filtering": {"min_numbers": 2, "max_numbers": 3, "min_value": 0, "max_decimals": 0},
     "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "family_relationships": {"min_family_size": 3, "max_family_size": 4},
-    "ransom_note": {
-        "min_note_length": 1,
-        "max_note_length": 3,
-        "min_magazine_length": 2,
-        "max_magazine_length": 5,
-    },
+    "aiw": {"task_type_weights": [1.0, 0.0, 0.0], "max_entities": 9},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 40},
 }
-CLASSES = {"syllogism": ("Yes", "No"), "ransom_note": ("True", "False")}
+CLASSES = {"syllogism": ("Yes", "No")}
 TEST_SEED = 5_000_011  # of no other data set here, so that nothing was chosen on these questions
 SIZES = {"train": 600, "val": 50, "test": 100}
 
@@ -35,8 +30,8 @@ class ReasoningGym8(SequenceReader):
 
     Order ``a`` goes from choosing to computing; ``b`` is its reverse; ``c`` puts tasks of different kinds side by side.
     Test and validation questions are the same for every seed, and for every training size. The data depend on the
-    version of ``reasoning-gym``, which is a part of the version of the sequence. ``basic_arithmetic`` and
-    ``spell_backward`` have about a thousand questions in all.
+    version of ``reasoning-gym``, which is a part of the version of the sequence. ``basic_arithmetic`` and ``gcd`` have
+    about a thousand questions in all. ``aiw`` asks about siblings alone.
     """
 
     def __init__(self, config: SequenceData) -> None:
@@ -51,13 +46,13 @@ class ReasoningGym8(SequenceReader):
             "syllogism",
             "family_relationships",
             "needle_haystack",
-            "ransom_note",
             "word_sequence_reversal",
-            "spell_backward",
             "number_filtering",
+            "aiw",
+            "gcd",
             "basic_arithmetic",
         )
-        return {"a": names, "b": names[::-1], "c": tuple(names[index] for index in (4, 0, 6, 2, 5, 1, 7, 3))}
+        return {"a": names, "b": names[::-1], "c": tuple(names[index] for index in (3, 7, 1, 4, 0, 6, 2, 5))}
 
     def task(self, name: str) -> Task:
         config = self.config

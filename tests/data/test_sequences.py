@@ -70,13 +70,13 @@ def test_sizes_scores_and_classes(gym: TaskSequence) -> None:
         assert all(example.choices == task.classes for example in task.train)
     classes = {task.name: task.classes for task in gym.tasks}
     assert classes["syllogism"] == ("Yes", "No")
-    assert classes["spell_backward"] == ()
+    assert classes["gcd"] == ()
 
 
 def test_the_seed_changes_the_training_examples_alone(gym: TaskSequence) -> None:
     for other, same_train in ((TINY, True), ({**TINY, "seed": 1}, False)):
-        again = SEQUENCES.create("reasoning-gym-8", SequenceData(**other)).task("spell_backward")
-        before = next(task for task in gym.tasks if task.name == "spell_backward")
+        again = SEQUENCES.create("reasoning-gym-8", SequenceData(**other)).task("gcd")
+        before = next(task for task in gym.tasks if task.name == "gcd")
         assert (again.train == before.train) is same_train
         assert again.val == before.val
         assert again.test == before.test
