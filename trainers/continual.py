@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from .staged import Staged
 from .stages import Stages
 
 GROWTH = "growth.json"
+# In the state of a trainer.
+SECONDS = "moelora_seconds"
 
 
 class ContinualTrainer(PenalisedTrainer):
@@ -60,6 +63,30 @@ class ContinualTrainer(PenalisedTrainer):
         super().__init__(model, args, **trainer)
         self.refuse_sharded("tasks are evaluated by generation with whole parameters")
         self.method = method
+        self._since = time.monotonic()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._since = time.monotonic()
+        result = super().train(*args, **kwargs)
+        self._count_seconds()
+        return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._count_seconds()
+        super()._save_checkpoint(model, trial)
+
+    def _count_seconds(self) -> None:
+        """Add what passed since the last time to what is kept with the state, so over all processes that trained."""
+        kept: Any = self.state.stateful_callbacks
+        now = time.monotonic()
+        kept[SECONDS] = self.seconds + now - self._since
+        self._since = now
+
+    @property
+    def seconds(self) -> float:
+        """What training took up to the last checkpoint, or its end; steps that a kill undid do not count."""
+        kept: Any = self.state.stateful_callbacks
+        return float(kept.get(SECONDS, 0.0))
 
     def penalties(self) -> Mapping[str, Penalty]:
         return self.method.penalties(self.model)
@@ -246,7 +273,7 @@ class Continual(Staged):
         trainer.save_state()
         trainer.save_metrics("all", metrics)
         if trainer.is_world_process_zero():
-            write_json(cls.stages(recipe, content).folder(number) / GROWTH, _growth(trainer, metrics))
+            write_json(cls.stages(recipe, content).folder(number) / GROWTH, _growth(trainer))
         trainer.accelerator.wait_for_everyone()
         content.give_back(trainer.model, trainer.args)
         trainer.accelerator.free_memory()
@@ -271,15 +298,12 @@ class Continual(Staged):
         shutil.copy(folders[-1] / "all_results.json", stages.run_dir)
 
 
-def _growth(trainer: SFTTrainer, metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a stage took: parameters and bytes of the adapter, those that were trained, and seconds.
-
-    The seconds are those of the process that finished the stage, so fewer where it was resumed.
-    """
+def _growth(trainer: Any) -> dict[str, float]:
+    """What a stage took: parameters and bytes of the adapter, those that were trained, and seconds of training."""
     tensors = trainer.model.adapter_tensors().values()
     return {
         "parameters": sum(tensor.numel() for tensor in tensors),
         "trained": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        "seconds": metrics["train_runtime"],
+        "seconds": trainer.seconds,
     }

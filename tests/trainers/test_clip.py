@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import clip_runs
@@ -20,6 +21,7 @@ from moelora.data.image_digits import digits_base
 from moelora.errors import ConfigError, DataError, UserError
 from moelora.evaluation.clip import image_embeddings, right_answers, text_embeddings
 from moelora.trainers.clip import ClipTrainer, PictureTask
+from moelora.trainers.continual import SECONDS
 from moelora.trainers.continual_methods import CONTINUAL_METHODS
 
 
@@ -222,8 +224,14 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(whole, backbone, t
     monkeypatch.setattr(ClipTrainer, "training_step", stopping)
     with pytest.raises(Stop):
         clip_runs.run(values)
+    stopped = json.loads((tmp_path / "run" / "stage-2" / "checkpoint-2" / "trainer_state.json").read_text())
+    before = stopped["stateful_callbacks"][SECONDS]
+    assert before > 0
     monkeypatch.setattr(ClipTrainer, "training_step", step)
+    started = time.monotonic()
     folder = clip_runs.run(values, resume=True)
+    took = json.loads((folder / "stage-2" / "growth.json").read_text())["seconds"]
+    assert before < took < before + time.monotonic() - started
     wanted, given = clip_runs.tensors(whole), clip_runs.tensors(folder)
     assert wanted.keys() == given.keys()
     assert all(torch.equal(wanted[name], given[name]) for name in wanted)
