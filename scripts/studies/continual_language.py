@@ -32,18 +32,18 @@ from moelora.trainers.continual import Content, Continual
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = "26:"
-BATCH, TRAIN, VAL, TEST = 8, 160, 24, 40
-# MoRAM's numbers are those of its released language code; 40 questions are a quarter of those of one task.
+BATCH, TRAIN, VAL, TEST = 4, 120, 24, 30
+# MoRAM's numbers are those of its released language code; 40 questions are a third of those of one task.
 METHODS = methods(8, 16, {"temperature": 0.03, "threshold": 0.2}, 40)
 VALIDATION = "reasoning-gym-8-validation"
 
 
 class Validation(ReasoningGym8):
-    """``reasoning-gym-8`` with the validation questions in the place of the test questions."""
+    """``reasoning-gym-8`` with validation and test questions in each other's place."""
 
     def task(self, name: str) -> Task:
         whole = super().task(name)
-        return Task(**{**vars(whole), "test": whole.val})
+        return Task(**{**vars(whole), "val": whole.test, "test": whole.val})
 
 
 class SharedContent(Content):
