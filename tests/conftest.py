@@ -27,7 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # for helpers that tests in seve
 
 # These need an extra: where the package is tested with what it requires alone, they cannot be imported.
 NEEDING = {
-    "hypothesis": ["data/test_mixing.py", "data/test_packing.py", "data/test_streaming.py"],
+    "hypothesis": [
+        "data/test_mixing.py",
+        "data/test_packing.py",
+        "data/test_streaming.py",
+        "trainers/test_progress.py",
+    ],
     "lm_eval": ["evaluation/test_eval_cli.py", "evaluation/test_harness.py"],
     "peft": [
         "checkpoints/test_peft.py",
