@@ -111,7 +111,7 @@ def compare_methods(runs: Runs) -> dict[str, MethodReport]:
 
 
 def write_comparison(runs: Runs, folder: str | Path) -> Path:
-    """Write ``comparison.json``, ``comparison.csv``, ``runs.csv`` and ``comparison.html``; return the page's path.
+    """Write ``comparison.json``, ``.csv``, ``.md`` and ``.html``, and ``runs.csv``; return the page's path.
 
     The same runs give the same bytes.
 
@@ -125,6 +125,7 @@ def write_comparison(runs: Runs, folder: str | Path) -> Path:
     write_json(folder / "comparison.json", {name: report.to_dict() for name, report in reports.items()})
     head = ("method", "metric", "mean", "low", "high", "runs", "difference", "difference_low", "difference_high")
     write_csv(folder / "comparison.csv", head, _rows(reports))
+    (folder / "comparison.md").write_text(markdown(reports), encoding="utf-8")
     write_csv(folder / "runs.csv", ("method", "order", "seed", *METRICS), _run_rows(runs))
     path = folder / "comparison.html"
     path.write_text(page, encoding="utf-8")
@@ -166,9 +167,28 @@ def render(runs: Runs, reports: Mapping[str, MethodReport]) -> str:
     return page("Continual learning, compared", parts)
 
 
+def markdown(reports: Mapping[str, MethodReport]) -> str:
+    """The table of the page, for a README: means in percent with the half width of their intervals."""
+
+    def told(found: Estimate | None) -> str:
+        if found is None:
+            return "–"
+        return f"{100 * found.mean:.1f}" + ("" if np.isnan(found.low) else f" ± {100 * (found.high - found.mean):.1f}")
+
+    names = _measured(reports)
+    lines = [["method", *(METRICS[name].title for name in names)], ["---"] * (1 + len(names))]
+    lines += [[method, *(told(report.metrics[name]) for name in names)] for method, report in reports.items()]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _measured(reports: Mapping[str, MethodReport]) -> list[str]:
+    """The metrics that any method has."""
+    return [name for name in METRICS if any(report.metrics[name] is not None for report in reports.values())]
+
+
 def _table(reports: Mapping[str, MethodReport]) -> str:
     """A row for each method and a column for each metric that any of them has."""
-    names = [name for name in METRICS if any(report.metrics[name] is not None for report in reports.values())]
+    names = _measured(reports)
     heads = "".join(f"<th>{html.escape(METRICS[name].title)}</th>" for name in ("", *names) if name)
     rows = []
     for method, report in reports.items():

@@ -305,7 +305,7 @@ def test_methods_are_compared_run_by_run() -> None:
 def test_a_comparison_is_written_the_same_twice(tmp_path: Path) -> None:
     pages = [write_comparison(runs(), tmp_path / name) for name in ("one", "two")]
     files = sorted(path.name for path in pages[0].parent.iterdir())
-    assert files == ["comparison.csv", "comparison.html", "comparison.json", "runs.csv"]
+    assert files == ["comparison.csv", "comparison.html", "comparison.json", "comparison.md", "runs.csv"]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     told = json.loads((tmp_path / "one" / "comparison.json").read_text())
@@ -315,6 +315,11 @@ def test_a_comparison_is_written_the_same_twice(tmp_path: Path) -> None:
     each = list(csv.DictReader((tmp_path / "one" / "runs.csv").read_text().splitlines()))
     assert [(row["method"], row["order"], row["seed"]) for row in each][-1] == ("joint", "a", "0")
     assert each[-1]["forgetting"] == "" and float(each[-1]["last"]) == pytest.approx(0.9)
+    head, rule, *lines = (tmp_path / "one" / "comparison.md").read_text(encoding="utf-8").splitlines()
+    assert head.startswith("| method | Average performance (OP, ACC) | ") and rule.count("---") == head.count("|") - 1
+    titles, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *lines))
+    assert [row[0] for row in cells] == ["plain", "better", "joint"]
+    assert cells[2][titles.index("Last (MTIL, X-TAIL)")] == "90.0" and cells[2][titles.index("Forgetting")] == "–"
     page = pages[0].read_text(encoding="utf-8")
     for name in ("average_performance", "forgetting", "learning_accuracy", "curves"):
         assert f'id="{name}"' in page
