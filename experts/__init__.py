@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import EXPERTS
-from . import dora, freezing, frozen, lora, low_rank, rank1, shared_a, sparse_projection
+from . import dora, freezing, frozen, lora, low_rank, rank1, shared_a, sparse_projection, staged
 from .bank import ExpertBank, ExpertsConfig
 from .block import BlockContainer
 from .build import build
@@ -11,6 +11,7 @@ from .container import Container
 from .ffn import is_linear
 from .linear import LinearContainer
 from .saved import SavedModule
+from .staged_linear import Staged, StagedLinear, stage_linears
 
 names = EXPERTS.names
 get = EXPERTS.get
@@ -23,6 +24,8 @@ __all__ = [
     "ExpertsConfig",
     "LinearContainer",
     "SavedModule",
+    "Staged",
+    "StagedLinear",
     "build",
     "dora",
     "freezing",
@@ -35,4 +38,6 @@ __all__ = [
     "rank1",
     "shared_a",
     "sparse_projection",
+    "stage_linears",
+    "staged",
 ]

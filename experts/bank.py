@@ -34,9 +34,12 @@ class ExpertsConfig(Pluggable):
             draws one for each expert, as the released MixLoRA, LoRAMoE and X-LoRA do, and is slower: linear sites only.
         init: how ``lora_A`` starts: ``kaiming`` is uniform with a = sqrt(5) as in PEFT, ``gaussian`` is N(0, 1/r).
             ``lora_B`` starts at zero.
+        together: all experts act on every token, so that there is no router, however many they are; of the kind.
         rank_pattern, alpha_pattern: ``r`` and ``alpha`` of single sites, by a name that the site's path equals or ends
             with after a dot; of several that fit, the first holds.
     """
+
+    together: ClassVar[bool] = False
 
     num_experts: PositiveInt = 8
     r: PositiveInt | list[PositiveInt] = 16

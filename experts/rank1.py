@@ -85,15 +85,21 @@ class Rank1Config(LoRAConfig):
 
     def next_task(self) -> Self:
         """The configuration with one task more: with the rank and the alpha of the last one, and all of its atoms."""
-        options = self.to_dict()
-        more = {name: longer(options[name]) for name in ("r", "alpha")}
-        for pattern in ("rank_pattern", "alpha_pattern"):
-            more[pattern] = {name: longer(value) for name, value in options[pattern].items()}
+        more = one_more(self)
         more["kept"] = None if self.kept is None else [*self.kept, self.drawn[-1]]
         more["kept_pattern"] = {
             name: [*kept, self._whole_at(name).drawn[-1]] for name, kept in self.kept_pattern.items()
         }
-        return self.parse({**options, **more, "num_experts": self.num_experts + 1})
+        return self.parse({**self.to_dict(), **more})
+
+
+def one_more(config: ExpertsConfig) -> dict[str, Any]:
+    """The options that say how many experts there are, for one more with the rank and the alpha of the last one."""
+    options = config.to_dict()
+    more: dict[str, Any] = {name: longer(options[name]) for name in ("r", "alpha")}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        more[pattern] = {name: longer(value) for name, value in options[pattern].items()}
+    return {**more, "num_experts": config.num_experts + 1}
 
 
 def longer(value: Any) -> Any:

@@ -78,7 +78,8 @@ class SiteConfig(Closed):
             ten). ``None`` means all.
         projections: for a block site, the names of the projections that get experts; ``None`` means all of them.
         experts: expert kind and its options.
-        router: router and its options; ``None`` only when there is a single expert, which is then always on.
+        router: router and its options; ``None`` only when there is a single expert, which is then always on, or where
+            the kind of the experts has all act together.
     """
 
     target: Annotated[list[str], Field(min_length=1)]
@@ -102,7 +103,13 @@ class SiteConfig(Closed):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         count = self.experts.num_experts
-        if self.router is None:
+        if self.experts.together:
+            if self.router is not None:
+                raise ValueError(
+                    f"router is {self.router.kind!r}, but experts of kind {self.experts.kind!r} all act together: "
+                    "leave the router out"
+                )
+        elif self.router is None:
             if count > 1:
                 raise ValueError(
                     f"experts.num_experts is {count} but there is no router: add one, "

@@ -1,19 +1,22 @@
-"""Continual learning: one more task for the banks that grow."""
+"""Continual learning: one more task for the banks that grow, and the model as it was at the end of an older stage."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from .config import SiteConfig
 from .errors import ConfigError
+from .experts.staged import StagedExperts, showing
 from .model import MoELoRAModel
 
 logger = logging.getLogger(__name__)
 
 
 def begin_task(model: MoELoRAModel) -> None:
-    """Freeze the experts of the growing banks (kind ``rank1``) and add fresh ones for the next task.
+    """Freeze the experts of the growing banks (kinds ``rank1`` and ``staged``) and add fresh ones for the next task.
 
     Parameters are replaced, so make a new optimizer, or a new Trainer, afterwards. Everything that tells how many
     experts there are follows, and the model is saved and loaded as any other. An error leaves the model as it was.
@@ -30,7 +33,9 @@ def begin_task(model: MoELoRAModel) -> None:
     }
     if not growing:
         kinds = sorted({site.experts.kind for site in model.mixture.sites})
-        raise ConfigError(f"no experts of this mixture grow (they are of kind {', '.join(kinds)}): take kind 'rank1'")
+        raise ConfigError(
+            f"no experts of this mixture grow (they are of kind {', '.join(kinds)}): take kind 'rank1' or 'staged'"
+        )
     for name, container in growing.items():
         if container.router is not None and container.router.state_dict():
             raise ConfigError(
@@ -55,3 +60,26 @@ def begin_task(model: MoELoRAModel) -> None:
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     done = "a new task of adapter %r at %d sites: %d parameters are trainable; make a new optimizer"
     logger.info(done, adapter, len(growing), count)
+
+
+@contextmanager
+def at_stage(model: MoELoRAModel, stage: int) -> Iterator[None]:
+    """Within the block the experts of kind ``staged`` are what they were at the end of a stage, bit for bit.
+
+    It holds for the whole model where nothing else was trained since: other experts, or modules that are saved whole.
+
+    Args:
+        stage: 0 for the backbone, k for the end of the k-th task; the newest is as it is now.
+
+    Raises:
+        ConfigError: the model has no such experts.
+        UserError: no such stage.
+    """
+    banks = [bank for each in model.containers().values() for bank in each.banks() if isinstance(bank, StagedExperts)]
+    if not banks:
+        kinds = sorted({site.experts.kind for site in model.mixture.sites})
+        raise ConfigError(
+            f"no experts of this mixture have stages (they are of kind {', '.join(kinds)}): take 'staged'"
+        )
+    with showing(banks, stage):
+        yield

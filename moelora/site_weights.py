@@ -75,7 +75,7 @@ def _constant(containers: Mapping[str, Container], context: RoutingContext) -> t
     weights: dict[str, Tensor] = {}
     exact: set[str] = set()
     for name, container in containers.items():
-        found: Tensor | None = torch.ones(1)
+        found: Tensor | None = torch.ones(container.site.num_experts)
         if container.router is not None:
             found = container.router.constant_weights(context)
         if found is None:

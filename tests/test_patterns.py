@@ -109,7 +109,8 @@ def patterned(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", sorted(EXPERTS.names()))
 def test_every_kind_takes_ranks_and_alphas_by_site(tiny_llama: LlamaForCausalLM, kind: str, tmp_path: Path) -> None:
     backbone = copy.deepcopy(tiny_llama)
-    model = mixture(tiny_llama, patterned(kind))
+    routed = {"router": None} if EXPERTS.get(kind).Config.together else {}
+    model = mixture(tiny_llama, patterned(kind), **routed)
     ranks = {name: container.experts.ranks for name, container in model.containers().items()}
     assert ranks.pop(Q1) == ((3, 3) if kind == "shared_a" else (1, 3)) and set(ranks.values()) == {(4, 4)}
     scales = {name: container.site.scales for name, container in model.containers().items()}

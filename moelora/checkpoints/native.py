@@ -235,10 +235,11 @@ def _refuse_huge(path: Path, config: NativeConfig, shapes: Mapping[str, Shape]) 
     for index, (site, names) in enumerate(zip(config.mixture.sites, config.sites, strict=True)):
         stacked = max(site.experts.at(name).total_rank for name in names) if names else 0
         own = tuple(f"{name}." for name in names)
-        # A bank that has grown keeps the ranks of older tasks in tensors of their own.
+        # A bank that has grown keeps the ranks of older tasks in a tensor of their own, or in one for each task.
         mine = {key: max(shape, default=0) for key, shape in shapes.items() if key.startswith(own)}
-        found = sum(
-            max((size for key, size in mine.items() if (".old_" in key) == old), default=0) for old in (False, True)
+        older = {name: sum(mine[key] for key in mine if key.startswith(name) and ".old_lora_A" in key) for name in own}
+        found = max((size for key, size in mine.items() if ".old_" not in key), default=0) + max(
+            older.values(), default=0
         )
         if stacked > found:
             raise CheckpointError(

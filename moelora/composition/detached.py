@@ -57,7 +57,7 @@ class Site:
     def constant_weights(self, context: RoutingContext) -> Tensor | None:
         """(U,) float32 the weights of every token, or ``None`` where tokens differ."""
         if self.config.router is None:
-            return torch.ones(1)
+            return torch.ones(self.config.experts.num_experts)
         return None if self.router is None else self.router.constant_weights(context)
 
 
@@ -158,8 +158,9 @@ def _group(
 def _banks(path: str, site: SiteConfig, tensors: Mapping[str, Tensor]) -> dict[str, ExpertBank]:
     """The expert banks of a site, by the path of the linear."""
     parts: dict[str, dict[str, Tensor]] = {}
+    linear_site = "lora_A" in tensors
     for key, value in tensors.items():
-        projection, _, name = key.rpartition(".")
+        projection, _, name = ("", "", key) if linear_site else key.partition(".")
         parts.setdefault(projection, {})[name] = value
     banks = {}
     for projection, own in parts.items():
