@@ -140,6 +140,11 @@ class ExpertBank(nn.Module):
         self.reset_parameters()
 
     @property
+    def rescales(self) -> bool:
+        """Whether this also scales what the frozen linear gives, which must not have other updates in it then."""
+        return self.needs_dense_weight
+
+    @property
     def down_ranks(self) -> tuple[int, ...]:
         """Rank of each matrix that ``lora_A`` stacks; one for each expert."""
         return self.ranks

@@ -150,6 +150,10 @@ class StagedExperts(ExpertBank):
         self._set_trained()
 
     @property
+    def rescales(self) -> bool:
+        return self.base_logit is not None
+
+    @property
     def down_ranks(self) -> tuple[int, ...]:
         return self.ranks[-1:]
 

@@ -222,7 +222,7 @@ def _in_order(adapters: Sequence[Adapter]) -> list[tuple[str, Part]]:
 
 
 def _rescales(part: Part) -> bool:
-    return isinstance(part, LinearContainer) and part.experts.needs_dense_weight
+    return isinstance(part, LinearContainer) and part.experts.rescales
 
 
 def refuse_conflicts(adapters: Sequence[Adapter]) -> None:

@@ -20,6 +20,7 @@ from ..config import SiteConfig
 from ..errors import ConfigError
 from ..experts import ExpertBank
 from ..experts.frozen import FrozenConfig
+from ..experts.staged import StagedExperts
 from ..model import MoELoRAModel
 from ..registry import EXPERTS, ROUTERS
 from ..routers.base import Router
@@ -170,6 +171,11 @@ def _banks(path: str, site: SiteConfig, tensors: Mapping[str, Tensor]) -> dict[s
         bank.load_state_dict(own, assign=True)
         if not bank.mergeable:
             raise ConfigError(f"{linear}: what experts of kind {experts.kind!r} add is no matrix, so it is no LoRA")
+        if isinstance(bank, StagedExperts) and bank.rescales:
+            raise ConfigError(
+                f"{linear}: policy {experts.policy!r} of experts {experts.kind!r} scales the frozen weight as well, which "
+                "no LoRA does: merge the model instead"
+            )
         banks[linear] = bank.requires_grad_(False)
     return banks
 
