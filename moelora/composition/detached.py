@@ -173,8 +173,8 @@ def _banks(path: str, site: SiteConfig, tensors: Mapping[str, Tensor]) -> dict[s
             raise ConfigError(f"{linear}: what experts of kind {experts.kind!r} add is no matrix, so it is no LoRA")
         if isinstance(bank, StagedExperts) and bank.rescales:
             raise ConfigError(
-                f"{linear}: policy {experts.policy!r} of experts {experts.kind!r} scales the frozen weight as well, which "
-                "no LoRA does: merge the model instead"
+                f"{linear}: policy {experts.policy!r} of experts {experts.kind!r} scales the frozen weight as well, "
+                "which no LoRA does: merge the model instead"
             )
         banks[linear] = bank.requires_grad_(False)
     return banks
