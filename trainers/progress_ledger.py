@@ -78,6 +78,7 @@ class _Content:
     prunes: bool
     grows: bool
     seed: int
+    unit: str
     tasks: dict[str, TaskRecord]
     switches: list[Switch]
 
@@ -87,17 +88,23 @@ class Ledger:
 
     Args:
         config: rules of the run. prunes: whether solved tasks leave the training. grows: whether stages add adapters.
-            Neither is the joint run that others are held against. seed: of the run.
+            Neither is the joint run that others are held against. seed: of the run. unit: what an interaction is.
 
     Attributes:
         tasks: by name. switches: in their order.
     """
 
     def __init__(
-        self, config: ProgressConfig | Mapping[str, Any], *, prunes: bool = True, grows: bool = True, seed: int = 0
+        self,
+        config: ProgressConfig | Mapping[str, Any],
+        *,
+        prunes: bool = True,
+        grows: bool = True,
+        seed: int = 0,
+        unit: str = "interactions",
     ) -> None:
         self.config = ProgressConfig.parse(config, "progress")
-        self.prunes, self.grows, self.seed = prunes, grows, seed
+        self.prunes, self.grows, self.seed, self.unit = prunes, grows, seed, unit
         self.tasks = {task: TaskRecord() for task in self.config.targets}
         self.switches: list[Switch] = []
 
@@ -197,6 +204,7 @@ class Ledger:
             "prunes": self.prunes,
             "grows": self.grows,
             "seed": self.seed,
+            "unit": self.unit,
             "tasks": {task: asdict(record) for task, record in self.tasks.items()},
             "switches": [asdict(switch) for switch in self.switches],
         }
@@ -212,7 +220,7 @@ class Ledger:
             content = TypeAdapter(_Content).validate_python(dict(value))
         except ValidationError as error:
             raise CheckpointError(explain(error, ProgressConfig, where)) from None
-        ledger = cls(content.progress, prunes=content.prunes, grows=content.grows, seed=content.seed)
+        ledger = cls(content.progress, prunes=content.prunes, grows=content.grows, seed=content.seed, unit=content.unit)
         if set(content.tasks) != set(ledger.tasks):
             raise CheckpointError(f"{where}: its tasks are not those of its targets, {', '.join(ledger.tasks)}")
         ledger.tasks = {task: content.tasks[task] for task in ledger.tasks}
@@ -297,13 +305,13 @@ def ratio(runs: Sequence[Ledger], reference: Sequence[Ledger], prune: Sequence[L
 
 def _comparable(name: str, ledgers: Sequence[Ledger], reference: Sequence[Ledger]) -> None:
     """See that runs have what they are held against: the same tasks, solved by the same rule, once for each seed."""
-    for key in ("targets", "unit", "passes", "standard_errors", "hysteresis"):
-        expected = getattr(reference[0].config, key)
-        other = next((ledger for ledger in ledgers if getattr(ledger.config, key) != expected), None)
+    for key in ("targets", "passes", "standard_errors", "hysteresis", "unit"):
+        found = [getattr(ledger if key == "unit" else ledger.config, key) for ledger in (reference[0], *ledgers)]
+        other = next((value for value in found if value != found[0]), None)
         if other is not None:
             raise ConfigError(
-                f"{name}: {key} is {getattr(other.config, key)!r} in a run of {other.arm!r} and {expected!r} in the "
-                "reference: interactions to other targets cannot be compared; run both with the same"
+                f"{name}: {key} is {other!r} in a run of {ledgers[0].arm!r} and {found[0]!r} in the reference: "
+                "interactions to other targets cannot be compared; run both with the same"
             )
     seeds, wanted = (sorted(ledger.seed for ledger in group) for group in (ledgers, reference))
     if seeds != wanted or len(set(seeds)) < len(seeds):

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from .. import data
@@ -24,7 +25,9 @@ from ..registry import TRAINERS, closest
 from .alarm import AlarmConfig, CollapseAlarm
 from .live import LiveProgress
 from .mixture_trainer import MixtureTrainer
-from .optimizer import GroupOptions
+from .optimizer import GroupOptions, parameter_groups, sync_optimizer
+from .progress import Decision
+from .progress_sft import ProgressHost, ProgressRows, SFTProgress, host_progress
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class SFTConfig(Pluggable, GroupOptions):
             losses grow from 0 to what they are.
         remember_mib: memory of the CPU, for each process, for what the layers below the first with experts make of each
             text: 4 bytes times width times tokens. They do not change, so that later passes leave them out. 0 is none.
+        progress: tasks leave the mixture when they meet their targets, and stages of experts are added; of ``sft``
+            alone. See :class:`~moelora.trainers.progress_sft.SFTProgress`.
     """
 
     carrier: ClassVar[Carrier] = "language"  # the model that experts are put on, for a plan
@@ -73,6 +78,13 @@ class SFTConfig(Pluggable, GroupOptions):
     aux_warmup_steps: Annotated[float, Field(ge=0)] = 0
     collapse_alarm: AlarmConfig | bool = True
     remember_mib: Annotated[int, Field(ge=0)] = 0
+    progress: SFTProgress | None = None
+
+    @model_validator(mode="after")
+    def _who_hosts_progress(self) -> Self:
+        if self.progress is not None and self.kind != "sft":
+            raise ValueError(f"progress: trainer {self.kind!r} chooses its examples by itself; take 'sft', or drop it")
+        return self
 
     @field_validator("args")
     @classmethod
@@ -170,14 +182,49 @@ class SFTTrainer(MixtureTrainer):
 
     Rows hold ``input_ids`` and ``labels``, as :func:`moelora.data.tokenize` makes them. Without a ``data_collator``
     batches are padded on the right with the padding token of ``processing_class``, or its end token.
+
+    Args:
+        progress: what the run goes by, whose rows are the ``train_dataset``; see
+            :func:`~moelora.trainers.progress_sft.host_progress`.
     """
 
-    def __init__(self, model: MoELoRAModel, args: TrainingArguments | None = None, **trainer: Any) -> None:
+    def __init__(
+        self,
+        model: MoELoRAModel,
+        args: TrainingArguments | None = None,
+        *,
+        progress: ProgressHost | None = None,
+        **trainer: Any,
+    ) -> None:
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None and tokenizer is not None:
             pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
             trainer["data_collator"] = data.Collator(pad)
         super().__init__(model, args, **trainer)
+        self.progress = progress
+        if progress is not None:
+            progress.on_switch, progress.log = self._grow, self.log
+            self.add_callback(progress)
+
+    def _grow(self, decision: Decision) -> None:
+        """One more stage of experts; the optimizer goes on with what is trained from here on."""
+        self.model.begin_task()
+        args = self.args
+        assert self.optimizer is not None
+        decaying = self.get_decay_parameter_names(self.model)
+        groups = parameter_groups(self.model, decaying, args.learning_rate, args.weight_decay, self.groups)
+        sync_optimizer(self.optimizer, groups)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, ProgressRows):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def _restore_adapter(self, folder: Path) -> None:
+        if self.progress is not None:
+            self.progress.catch_up(self.model, folder)
+        super()._restore_adapter(folder)
 
 
 @TRAINERS.register("sft")
@@ -247,11 +294,13 @@ class SFT:
             data.check_packing(model)
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         train, test = content.tokenize(tokenizer, args.max_steps * step)
+        if recipe.trainer.progress is not None:
+            options["progress"] = host_progress(recipe.trainer.progress, content, train, model, args)
         return cls.Trainer(
             model,
             args,
             data_collator=collator_for(model, tokenizer.pad_token_id, recipe.packing),
-            train_dataset=train,
+            train_dataset=options["progress"].rows if "progress" in options else train,
             eval_dataset=test,
             processing_class=tokenizer,
             **{"callbacks": recipe.trainer.callbacks(), **recipe.trainer.trainer_options(), **options},
