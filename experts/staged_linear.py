@@ -180,7 +180,8 @@ class Staged:
         return next(iter(stages))
 
     def advance(self) -> list[nn.Parameter]:
-        """End this stage and begin the next.
+        """End this stage and begin the next. What copies parameters of a module, such as DistributedDataParallel, knows
+        those alone that it was made with: wrap the module anew, which makes fresh factors alike in all processes, too.
 
         Returns:
             The parameters that train now and did not before; ``sync_optimizer`` lets an optimizer follow.
@@ -202,6 +203,8 @@ class Staged:
     @contextmanager
     def at(self, stage: int) -> Iterator[None]:
         """Within the block the module is what it was at the end of a stage, bit for bit; see ``staged.showing``.
+
+        Buffers that move in training, as those of BatchNorm do, are not kept: put such layers outside.
 
         Raises:
             UserError: no such stage, or its scales are not known.

@@ -88,6 +88,35 @@ def test_every_older_stage_is_shown_bit_for_bit(tiny_llama: LlamaForCausalLM, po
 
 
 @policies
+def test_under_autocast_and_with_gradient_checkpointing(tiny_llama: LlamaForCausalLM, policy: str) -> None:
+    model = model_of(tiny_llama, policy=policy)
+    optimizer = torch.optim.AdamW(groups(model))
+    ends = []
+    for stage in range(1, 4):
+        if stage > 1:
+            next_stage(model, optimizer)
+        train(model, optimizer, stage)
+        with torch.autocast("cpu", torch.bfloat16):
+            ends.append(logits(model))
+    for stage, end in enumerate(ends, start=1):
+        with at_stage(model, stage), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(logits(model), end)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model.train()(IDS, labels=IDS, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with at_stage(model, 2):  # of an older stage the scales are numbers, and the factors are frozen
+        assert not model(IDS, labels=IDS).loss.requires_grad
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    again = gradients()
+    assert plain.keys() == again.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@policies
 def test_beside_a_4_bit_linear(policy: str) -> None:
     import bitsandbytes as bnb
 
