@@ -161,8 +161,7 @@ class StagedExperts(ExpertBank):
         super().reset_parameters(generator)
         if self.config.init == "small":
             with torch.no_grad():
-                drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
-                self.lora_A.copy_(nn.init.normal_(drawn, std=0.01, generator=generator))
+                self.lora_A.mul_(0.01 * self.ranks[-1])  # drawn from N(0, 1/r^2)
 
     def _set_trained(self) -> None:
         """The flags of the scales and of the older factors, as the policy wants them in this stage."""
