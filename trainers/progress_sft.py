@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from ..checkpoints.reading import load_mapping
 from ..data import Example, RecipeData, TokenizedSet
 from ..data.chat import Row
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..evaluation.labels import teacher_forced_match
 from ..experts.container import Container
 from ..experts.staged import StagedExperts, showing
@@ -154,8 +154,13 @@ class ProgressHost(TrainerCallback, ExportableState):
     ) -> None:
         self._begin()
         saved = _saved(state.stateful_callbacks)
-        if saved is None:
+        if saved is None and state.global_step == 0:
             return
+        if saved is None:
+            raise CheckpointError(
+                f"trainer.progress: the checkpoint of step {state.global_step} is of a run without it, so it does not "
+                "say which tasks were trained on: start anew, or resume without trainer.progress"
+            )
         self.scheduler.load_state_dict(saved["scheduler"])
         self.ledger = Ledger.from_dict(saved["ledger"])
         self.rows.restore(saved["history"])

@@ -78,8 +78,7 @@ def recipe(data: Path, backbone: Path, output: Path, progress: dict[str, Any], *
                 "gradient_accumulation_steps": 2,
                 "learning_rate": 1e-2,
                 "logging_steps": 3,
-                "save_strategy": "steps",
-                "save_steps": 1,
+                "save_strategy": "no",
                 "save_total_limit": 100,
                 "disable_tqdm": True,
                 "use_cpu": True,
@@ -96,6 +95,16 @@ def prepare(*given: Any, **args: Any) -> SFTTrainer:
     return SFT.prepare(load_recipe(recipe(*given, **args)))
 
 
+class SaveAfter(TrainerCallback):
+    """Makes checkpoints after these steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or state.global_step in self.steps
+
+
 def train_and_announce(announce: Any, *given: Any) -> None:
     """Train from the newest checkpoint on, slowly, and say which one was written last."""
     torch.set_num_threads(1)
@@ -106,5 +115,30 @@ def train_and_announce(announce: Any, *given: Any) -> None:
             announce.value = state.global_step
 
     trainer = prepare(*given)
-    trainer.add_callback(Announce())
+    for callback in (SaveAfter(*range(60)), Announce()):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=checkpoints.latest(Path(trainer.args.output_dir or "")) is not None)
+
+
+def two_processes(rank: int, port: int, results: Any, *given: Any) -> None:
+    """One of two processes that prune together; in the middle the run is resumed."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update(
+        {name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    *content, folder = given
+    found = []
+    progress = {"num_stages": 1, "passes": 1, "targets": {**TARGETS, "other": 0.5}}
+    for name, source in (("whole", None), ("again", folder / "whole" / "checkpoint-18")):
+        trainer = prepare(*content, folder / name, progress, max_steps=32)
+        trainer.add_callback(SaveAfter(18))
+        trainer.train(resume_from_checkpoint=source and str(source))
+        host = trainer.progress
+        assert host is not None
+        weights = {key: value.detach().tolist() for key, value in trainer.model.adapter_tensors().items()}
+        found.append([host.rows.history, host.ledger.to_dict(), host.scheduler.state_dict(), weights])
+    results.put((rank, found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

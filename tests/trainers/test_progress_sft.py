@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from progress_runs import TARGETS, prepare, recipe, train_and_announce, write_backbone, write_data
+from progress_runs import (
+    TARGETS,
+    SaveAfter,
+    prepare,
+    recipe,
+    train_and_announce,
+    two_processes,
+    write_backbone,
+    write_data,
+)
 from tiny_runs import assert_identical, outcome
 
 import moelora
@@ -27,6 +37,8 @@ from moelora.trainers.progress_ledger import Ledger
 from moelora.trainers.sft import SFT
 
 SWITCHES = [24, 48]
+# Mid stage 0; at a switch; when a decision waits for its step; mid stage 1; a task is back; in the last stage.
+CUTS = [3, 24, 25, 31, 42, 50]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +49,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def whole(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> SFTTrainer:
-    """An uninterrupted run, with a checkpoint after every step."""
+    """An uninterrupted run, with checkpoints on its way."""
     trainer = prepare(*made, tmp_path_factory.mktemp("whole"), {})
+    trainer.add_callback(SaveAfter(*CUTS, *SWITCHES))
     trainer.train()
     return trainer
 
@@ -100,15 +113,12 @@ def test_stages_grow_and_the_optimizer_follows(whole: SFTTrainer) -> None:
     assert whole.optimizer is not None
     trained = {id(p) for p in whole.model.adapter_tensors().values() if p.requires_grad}
     assert {id(p) for group in whole.optimizer.param_groups for p in group["params"]} == trained
-    steps = {
-        name.rsplit(".", 2)[-1] if "logits" not in name else name.rsplit(".", 2)[-2:][1]: int(
-            whole.optimizer.state[parameter]["step"]
-        )
-        for name, parameter in whole.model.named_parameters()
-        if parameter in whole.optimizer.state
+    state = whole.optimizer.state
+    ages = {
+        name.split(".experts.")[-1]: int(state[p]["step"]) for name, p in whole.model.named_parameters() if p in state
     }
     # a_0 keeps its moments through both switches, the scale of stage 1 through the second; the newest is 12 steps old.
-    assert steps == {"base_logit": 60, "0": 36, "1": 12, "lora_A": 12, "lora_B": 12}
+    assert ages == {"base_logit": 60, "scale_logits.0": 36, "scale_logits.1": 12, "lora_A": 12, "lora_B": 12}
 
 
 def test_the_prefix_of_a_stage_is_what_the_model_was_then(whole: SFTTrainer, made: tuple[Path, Path]) -> None:
@@ -137,12 +147,12 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_all_solved_ends_the_run(made: tuple[Path, Path], tmp_path: Path) -> None:
     targets = {"easy": 0.0, "hard": 0.0, "other": 0.5}
     options = {"targets": targets, "num_stages": 1, "hysteresis": None}
-    trainer = prepare(*made, tmp_path, options, save_steps=4)
+    trainer = prepare(*made, tmp_path, options, save_strategy="steps", save_steps=4)
     trainer.train()
     end = trainer.state.global_step
     assert end < 60 and trainer.progress is not None and trainer.progress.ledger.complete
     expected = everything(trainer)
-    again = prepare(*made, tmp_path, options, save_steps=4)
+    again = prepare(*made, tmp_path, options, save_strategy="steps", save_steps=4)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == end
     assert_identical(everything(again), expected)
@@ -150,7 +160,7 @@ def test_all_solved_ends_the_run(made: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_a_run_that_does_not_prune(made: tuple[Path, Path], tmp_path: Path) -> None:
     options = {"targets": {**TARGETS, "other": 0.5}, "num_stages": 1, "prune": False, "passes": 1}
-    trainer = prepare(*made, tmp_path, options, max_steps=28, save_strategy="no")
+    trainer = prepare(*made, tmp_path, options, max_steps=28)
     trainer.train()
     host = trainer.progress
     assert host is not None and host.ledger.tasks["other"].solves and host.ledger.arm == "joint"
@@ -160,13 +170,12 @@ def test_a_run_that_does_not_prune(made: tuple[Path, Path], tmp_path: Path) -> N
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-# Mid stage 0; at a switch, when a decision waits for its step; mid stage 1; a task is back; in the last stage.
-@pytest.mark.parametrize("cut", [3, 24, 25, 31, 42, 50])
+@pytest.mark.parametrize("cut", CUTS)
 def test_a_resumed_run_is_the_uninterrupted_one(
     whole: SFTTrainer, made: tuple[Path, Path], tmp_path: Path, cut: int
 ) -> None:
     shutil.copytree(Path(whole.args.output_dir or "") / f"checkpoint-{cut}", tmp_path / f"checkpoint-{cut}")
-    trainer = prepare(*made, tmp_path, {}, save_strategy="no")
+    trainer = prepare(*made, tmp_path, {})
     trainer.train(resume_from_checkpoint=True)
     assert_identical(everything(trainer), everything(whole))
 
@@ -185,9 +194,38 @@ def test_a_run_killed_in_the_middle_of_a_stage_goes_on_exactly(
     assert child.exitcode == -signal.SIGKILL
     newest = checkpoints.latest(tmp_path)
     assert newest is not None and SWITCHES[0] < int(newest.name.removeprefix("checkpoint-")) < 60
-    trainer = prepare(*made, tmp_path, {}, save_strategy="no")
+    trainer = prepare(*made, tmp_path, {})
     trainer.train(resume_from_checkpoint=True)
     assert_identical(everything(trainer), everything(whole))
+
+
+def test_two_processes_prune_alike(made: tuple[Path, Path], tmp_path: Path, processes: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = processes.Queue()
+    children = [
+        processes.Process(target=two_processes, args=(rank, port, results, *made, tmp_path)) for rank in range(2)
+    ]
+    for child in children:
+        child.start()
+    found = dict(results.get(timeout=100) for _ in children)
+    for child in children:
+        child.join(30)
+    whole, again = found[0]
+    assert found[1][0] == whole and found[1][1] == again == whole
+    history, ledger, _, _ = whole
+    assert len(history) > 1 and sum(task["interactions"] for task in ledger["tasks"].values()) == 32 * 16
+
+
+def test_a_run_without_progress_is_not_resumed_with_it(made: tuple[Path, Path], tmp_path: Path) -> None:
+    given = recipe(*made, tmp_path, {}, max_steps=1, save_strategy="steps", save_steps=1)
+    progress = given["trainer"].pop("progress")
+    SFT.run(load_recipe(given))
+    given["trainer"]["progress"] = progress
+    given["trainer"]["args"]["max_steps"] = 2
+    with pytest.raises(moelora.errors.CheckpointError, match="step 1 is of a run without it"):
+        SFT.run(load_recipe(given), resume=True)
 
 
 def test_another_rule_is_not_resumed(whole: SFTTrainer, made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -199,6 +237,9 @@ def test_another_rule_is_not_resumed(whole: SFTTrainer, made: tuple[Path, Path],
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
+BEST = {"load_best_model_at_end": True, "save_strategy": "best", "metric_for_best_model": "loss"}
+
+
 @pytest.mark.parametrize(
     ("progress", "args", "message"),
     [
@@ -206,7 +247,11 @@ def test_another_rule_is_not_resumed(whole: SFTTrainer, made: tuple[Path, Path],
         ({}, {"max_steps": -1}, "set trainer.args.max_steps"),
         ({}, {"dataloader_num_workers": 2}, "2 workers would read ahead"),
         ({"num_stages": 4}, {}, "num_stages is 4.*experts.num_stages is 4: raise it to 5"),
-        ({}, {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}, "without load_best"),
+        (
+            {},
+            {"load_best_model_at_end": True, "save_strategy": "best", "metric_for_best_model": "x"},
+            "without load_best",
+        ),
     ],
 )
 def test_what_cannot_be_hosted_is_said(
