@@ -11,6 +11,8 @@ from .live import LiveProgress, TimeBudget
 from .lora_mixer import LoRAMixerTrainer
 from .mixture_trainer import MixtureTrainer
 from .optimizer import GroupOptions
+from .progress import Decision, ProgressConfig, ProgressScheduler
+from .progress_ledger import Ledger
 from .remix import RemixTrainer
 from .reward import RewardTrainer
 from .sft import SFTTrainer
@@ -24,10 +26,14 @@ __all__ = [
     "ClipTrainer",
     "CollapseAlarm",
     "ContinualTrainer",
+    "Decision",
     "GroupOptions",
+    "Ledger",
     "LiveProgress",
     "LoRAMixerTrainer",
     "MixtureTrainer",
+    "ProgressConfig",
+    "ProgressScheduler",
     "RemixTrainer",
     "RewardTrainer",
     "SFTTrainer",

@@ -272,6 +272,10 @@ def host_progress(
             f"trainer.progress: {args.dataloader_num_workers} workers would read ahead with the tasks of now: set "
             "trainer.args.dataloader_num_workers to 0"
         )
+    if args.restore_callback_states_from_checkpoint:
+        raise ConfigError(
+            "trainer.progress: its state is restored without that: set restore_callback_states_from_checkpoint to false"
+        )
     if args.deepspeed or args.fsdp:
         raise ConfigError("trainer.progress: processes evaluate by themselves, which sharded weights do not allow")
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

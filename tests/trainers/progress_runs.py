@@ -69,7 +69,7 @@ def recipe(data: Path, backbone: Path, output: Path, progress: dict[str, Any], *
                 "t_min": 4,
                 "t_max": 24,
                 "eval_every": 4,
-                "passes": 2,
+                "passes": 1,
                 **progress,
             },
             "args": {
@@ -130,7 +130,7 @@ def two_processes(rank: int, port: int, results: Any, *given: Any) -> None:
     )
     *content, folder = given
     found = []
-    progress = {"num_stages": 1, "passes": 1, "targets": {**TARGETS, "other": 0.5}}
+    progress = {"num_stages": 1, "targets": {**TARGETS, "other": 0.1}}
     for name, source in (("whole", None), ("again", folder / "whole" / "checkpoint-18")):
         trainer = prepare(*content, folder / name, progress, max_steps=32)
         trainer.add_callback(SaveAfter(18))
