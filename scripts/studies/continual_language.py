@@ -31,8 +31,8 @@ from moelora.mixture import MoELoRAModel
 from moelora.trainers.continual import Content, Continual
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAYERS = "26:"
-BATCH, TRAIN, VAL, TEST = 4, 120, 24, 30
+LAYERS = "21:"
+BATCH, TRAIN, VAL, TEST = 4, 120, 20, 24
 # MoRAM's numbers are those of its released language code; 40 questions are a third of those of one task.
 METHODS = methods(8, 16, {"temperature": 0.03, "threshold": 0.2}, 40)
 VALIDATION = "reasoning-gym-8-validation"
@@ -75,7 +75,7 @@ class Language(Study):
 
     methods = METHODS
     trainer = SharedRun
-    rates: ClassVar[tuple[float, ...]] = (5e-4, 2e-3, 8e-3)
+    rates: ClassVar[tuple[float, ...]] = (1e-3, 4e-3)
 
     def recipe(self, name: str, rate: float, order: str, seed: int, folder: Path, validation: bool) -> Recipe:
         method, site = self.methods[name]
