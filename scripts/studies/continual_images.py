@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import typer
 from continual_study import Study, methods
@@ -46,26 +46,18 @@ class Images(Study):
 
     def recipe(self, name: str, rate: float, order: str, seed: int, folder: Path, validation: bool) -> Recipe:
         method, site = self.methods[name]
-        steps = self.settings["steps"]
-        args: dict[str, Any] = {
-            "learning_rate": rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.9999,
-            "max_steps": steps,
-            "per_device_train_batch_size": BATCH,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": steps,
-        }
         data = "digits-validation" if validation else "digits"
         return Recipe.parse(
             {
                 "backbone": {"name": "digits-clip", "quantization": None},
                 "mixture": {"sites": [{"target": TARGETS, **site}]},
                 "data": {"kind": "images", "name": data, "order": order, "seed": seed},
-                "trainer": {"kind": "clip", "method": method, "args": args, "collapse_alarm": False},
+                "trainer": {
+                    "kind": "clip",
+                    "method": method,
+                    "args": self.args(rate, adam_beta2=0.9999),
+                    "collapse_alarm": False,
+                },
                 "output_dir": str(folder),
                 "seed": seed,
             }

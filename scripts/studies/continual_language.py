@@ -79,21 +79,14 @@ class Language(Study):
 
     def recipe(self, name: str, rate: float, order: str, seed: int, folder: Path, validation: bool) -> Recipe:
         method, site = self.methods[name]
-        steps = self.settings["steps"]
-        args: dict[str, Any] = {
-            "learning_rate": rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "max_steps": steps,
-            "per_device_train_batch_size": BATCH,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": steps,
-        }
         data = {"name": VALIDATION if validation else "reasoning-gym-8", "order": order, "seed": seed}
         sizes = {"train_size": TRAIN, "val_size": VAL, "test_size": TEST}
-        trainer: dict[str, Any] = {"method": method, "args": args, "collapse_alarm": False, "answers": "forced"}
+        trainer: dict[str, Any] = {
+            "method": method,
+            "args": self.args(rate),
+            "collapse_alarm": False,
+            "answers": "forced",
+        }
         return Recipe.parse(
             {
                 "mixture": {"sites": [{"target": TARGETS, "layers": LAYERS, **site}]},

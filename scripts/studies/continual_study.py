@@ -87,6 +87,21 @@ class Study(ABC):
             validation: whether what is asked about is the validation part of each task.
         """
 
+    def args(self, rate: float, **more: Any) -> dict[str, Any]:
+        """Of the trainer of every task."""
+        return {
+            "learning_rate": rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "max_steps": self.settings["steps"],
+            "per_device_train_batch_size": self.settings["batch"],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": self.settings["steps"],
+            **more,
+        }
+
     def compare(self, wanted: Sequence[str], orders: Sequence[str], seeds: int) -> None:
         """Run what is missing, and write the tables.
 
