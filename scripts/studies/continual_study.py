@@ -54,6 +54,11 @@ def methods(r: int, alpha: int, moram: Mapping[str, Any], replay: int) -> dict[s
     }
 
 
+def pairs(orders: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+    """All orders with all seeds; what there is when time runs out is about all methods, orders and seeds alike."""
+    return [(order, (place + shift) % seeds) for shift in range(seeds) for place, order in enumerate(orders)]
+
+
 class Clock:
     """Says when no further run may start."""
 
@@ -112,16 +117,14 @@ class Study(ABC):
             raise typer.BadParameter(f"no method {', '.join(unknown)}: there are {', '.join(self.methods)}")
         rates = {name: self.best_rate(name) for name in wanted}
         runs: dict[str, dict[tuple[str, int], AccuracyMatrix]] = {name: {} for name in wanted}
-        # Seed by seed, so that what there is when time runs out is about all methods alike.
-        for seed in range(seeds):
-            for order in orders:
-                for name in wanted:
-                    rate, folder = rates[name], self.out / name / f"{order}-{seed}"
-                    if rate is None or not self.may(folder):
-                        continue
-                    matrix = runs[name][order, seed] = self.matrix(name, rate, order, seed, folder, False)
-                    told = f"learnt {matrix.learning_accuracy:.3f}, last {matrix.last:.3f}"
-                    print(f"{name}, order {order}, seed {seed}: {told}", flush=True)
+        for order, seed in pairs(orders, seeds):
+            for name in wanted:
+                rate, folder = rates[name], self.out / name / f"{order}-{seed}"
+                if rate is None or not self.may(folder):
+                    continue
+                matrix = runs[name][order, seed] = self.matrix(name, rate, order, seed, folder, False)
+                told = f"learnt {matrix.learning_accuracy:.3f}, last {matrix.last:.3f}"
+                print(f"{name}, order {order}, seed {seed}: {told}", flush=True)
         done = {name: mine for name, mine in runs.items() if mine}
         if not done:
             raise typer.Exit(1)
