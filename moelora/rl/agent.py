@@ -93,7 +93,7 @@ class Support(nn.Module):
         x = target.sign() * (torch.sqrt(target.abs() + 1) - 1) + _CURVE * target
         x = x.clamp(-self.size, self.size)
         share = x - x.floor()
-        low = x.floor().long() + self.size
+        low = x.nan_to_num().floor().long() + self.size  # a target that is no number makes a loss that is none
         log_probs = logits.float().log_softmax(-1)
         lower = log_probs.gather(-1, low[..., None])[..., 0]
         upper = log_probs.gather(-1, (low + 1).clamp(max=2 * self.size)[..., None])[..., 0]
