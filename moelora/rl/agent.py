@@ -270,7 +270,13 @@ class Window:
         self.mask = torch.zeros(copies, length, dtype=torch.bool)
 
     def push(self, observations: Tensor, actions: Tensor | None = None, reset: Tensor | None = None) -> Context:
-        """The context with the newest observations.
+        """The context with the newest observations, which is kept. Arguments as in :meth:`look`."""
+        context = self.look(observations, actions, reset)
+        self.observations, self.actions, self.mask = context.observations, context.actions, context.mask
+        return context
+
+    def look(self, observations: Tensor, actions: Tensor | None = None, reset: Tensor | None = None) -> Context:
+        """The context with the newest observations, which is not kept: so the last ones of an episode are looked at.
 
         Args:
             observations: (N, ...). actions: (N,), that led to them; ``None`` at the start of all.
@@ -279,12 +285,12 @@ class Window:
         before = torch.zeros_like(self.mask[:, 1:]) if actions is None else self.mask[:, 1:]
         if reset is not None:
             before = before & ~reset[:, None]
-        self.mask = torch.cat([before, torch.ones_like(self.mask[:, :1])], dim=1)
-        newest = observations.to(self.observations)
-        self.observations = torch.cat([self.observations[:, 1:], newest[:, None]], dim=1)
+        mask = torch.cat([before, torch.ones_like(self.mask[:, :1])], dim=1)
+        newest = observations.to(self.observations)[:, None]
+        led = self.actions
         if actions is not None:
-            self.actions = torch.cat([self.actions, actions.to(self.actions)[:, None]], dim=1)[:, 1:]
-        return Context(self.observations, self.actions, self.mask)
+            led = torch.cat([led, actions.to(led)[:, None]], dim=1)[:, 1:]
+        return Context(torch.cat([self.observations[:, 1:], newest], dim=1), led, mask)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that it keeps."""

@@ -274,6 +274,9 @@ def test_window_forgets_what_was_before_a_reset() -> None:
     again = Window(2, 3, (1,))
     again.load_state_dict(window.state_dict())
     for each in (window, again):
+        last = each.look(torch.tensor([[3.5], [30.5]]), torch.tensor([1, 1]))
+        assert last.observations[1, :, 0].tolist() == [10, 20, 30.5]
+        assert last.mask.all()
         context = each.push(torch.tensor([[3.0], [30.0]]), torch.tensor([1, 1]), torch.tensor([False, True]))
         assert context.observations[0, :, 0].tolist() == [1, 2, 3]
         assert context.actions[0].tolist() == [0, 1]
