@@ -27,7 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # for helpers that tests in seve
 
 # These need an extra: where the package is tested with what it requires alone, they cannot be imported.
 NEEDING = {
-    "gymnasium": ["rl/test_environments.py", "rl/test_environments_workers.py"],
+    "gymnasium": [
+        "rl/test_environments.py",
+        "rl/test_environments_errors.py",
+        "rl/test_environments_workers.py",
+    ],
     "hypothesis": [
         "data/test_mixing.py",
         "data/test_packing.py",

@@ -24,7 +24,8 @@ FRAME = 64
 FRAMES = 4
 INSTALL = "pip install 'moelora[rl]'"
 # What registers the environments whose ids start so.
-PROVIDERS = {"ALE/": "ale_py", "MiniGrid-": "minigrid", "BabyAI-": "minigrid", "dm_control/": "shimmy"}
+GRIDS = ("MiniGrid-", "BabyAI-")
+PROVIDERS = {"ALE/": "ale_py", "dm_control/": "shimmy", **dict.fromkeys(GRIDS, "minigrid")}
 
 
 def find_spec(task: TaskConfig) -> EnvSpec:
@@ -38,9 +39,7 @@ def find_spec(task: TaskConfig) -> EnvSpec:
         from gymnasium.error import Error
     except ImportError as error:
         raise ConfigError(f"task {task.name}: reinforcement learning needs gymnasium ({error}): {INSTALL}") from None
-    package = next((package for start, package in PROVIDERS.items() if task.id.startswith(start)), None)
-    if package is not None:
-        _provide(task, package)
+    _provide(task)
     try:
         return gymnasium.spec(task.id)
     except Error as error:
@@ -51,8 +50,11 @@ def find_spec(task: TaskConfig) -> EnvSpec:
         ) from None
 
 
-def _provide(task: TaskConfig, package: str) -> None:
-    """Import what registers the environments of a task."""
+def _provide(task: TaskConfig) -> None:
+    """Import what registers the environments of a task; in a process of a copy too, for what it sets."""
+    package = next((package for start, package in PROVIDERS.items() if task.id.startswith(start)), None)
+    if package is None:
+        return
     try:
         module = importlib.import_module(package)
         if package == "shimmy":  # which passes over what it cannot import
@@ -76,6 +78,7 @@ def build(task: TaskConfig, spec: EnvSpec, render_mode: str | None = None) -> gy
     import gymnasium
     from gymnasium.error import Error
 
+    _provide(task)
     options: dict[str, Any] = dict(task.options)
     if task.observation == "ram":
         options["obs_type"] = "ram"
@@ -124,7 +127,7 @@ def _arrays(task: TaskConfig, environment: gymnasium.Env[Any, Any]) -> gymnasium
         return wrappers.FrameStackObservation(small, FRAMES)
     if task.observation == "ram":
         return _seen(environment, lambda observation: np.float32(observation) / np.float32(255), (128,))
-    if PROVIDERS.get(task.id.partition("-")[0] + "-") == "minigrid":
+    if task.id.startswith(GRIDS):
         environment = _view(task, environment)
     try:
         flat = wrappers.FlattenObservation(environment)
