@@ -31,6 +31,7 @@ NEEDING = {
         "rl/test_environments.py",
         "rl/test_environments_errors.py",
         "rl/test_environments_workers.py",
+        "trainers/test_scalezero.py",
     ],
     "hypothesis": [
         "data/test_mixing.py",

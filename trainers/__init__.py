@@ -15,6 +15,8 @@ from .progress import Decision, ProgressConfig, ProgressScheduler
 from .progress_ledger import Ledger
 from .remix import RemixTrainer
 from .reward import RewardTrainer
+from .scalezero import ScaleZero
+from .scalezero_config import ScaleZeroConfig
 from .sft import SFTTrainer
 
 names = TRAINERS.names
@@ -37,6 +39,8 @@ __all__ = [
     "RemixTrainer",
     "RewardTrainer",
     "SFTTrainer",
+    "ScaleZero",
+    "ScaleZeroConfig",
     "TimeBudget",
     "clip",
     "continual",

@@ -240,15 +240,19 @@ class Agent(nn.Module):
         """A frozen copy of the task's own part as it is now; assign it to ``parts[task]`` to act with it."""
         return copy.deepcopy(self.part(task)).requires_grad_(False)
 
-    def read(self, task: str, context: Context) -> tuple[Tensor, Memory]:
-        """(N, D) hidden states at the newest observations, and the memory of all tokens."""
+    def tokens(self, task: str, context: Context) -> tuple[Tensor, Tensor]:
+        """(N, 2 C - 1, D) tokens of a context, and (N, 2 C - 1) bool which of them are real."""
         part = self.part(task)
         N, C = context.mask.shape
         latents = part.encode(context.observations)
         tokens = latents.new_empty(N, 2 * C - 1, latents.shape[-1])
         tokens[:, ::2], tokens[:, 1::2] = latents, part.actions(context.actions)
         mask = context.mask.repeat_interleave(2, dim=1)[:, :-1]  # an action is as real as the observation before it
-        hidden, memory = self.trunk(tokens, mask)
+        return tokens, mask
+
+    def read(self, task: str, context: Context) -> tuple[Tensor, Memory]:
+        """(N, D) hidden states at the newest observations, and the memory of all tokens."""
+        hidden, memory = self.trunk(*self.tokens(task, context))
         return hidden[:, -1], memory
 
     def policy_value(self, task: str, context: Context) -> tuple[Tensor, Tensor]:
