@@ -32,6 +32,7 @@ NEEDING = {
         "rl/test_environments_errors.py",
         "rl/test_environments_workers.py",
         "trainers/test_scalezero.py",
+        "trainers/test_scalezero_report.py",
     ],
     "hypothesis": [
         "data/test_mixing.py",

@@ -282,9 +282,9 @@ def ratio(runs: Sequence[Ledger], reference: Sequence[Ledger], prune: Sequence[L
         )
     arms = {"runs": runs, "reference": reference, "prune": prune}
     wanted = {"reference": "joint", "prune": "prune"}
+    if missing := next((name for name, ledgers in arms.items() if not ledgers), None):
+        raise ConfigError(f"{missing}: no runs were given")
     for name, ledgers in arms.items():
-        if not ledgers:
-            raise ConfigError(f"{name}: no runs were given")
         expected = wanted.get(name, ledgers[0].arm)
         wrong = next((ledger.arm for ledger in ledgers if ledger.arm != expected), None)
         if wrong is not None:

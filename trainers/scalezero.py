@@ -164,6 +164,18 @@ class ScaleZero:
                 self.learner.acting(task), self.config.eval_episodes, EVALUATION_SEED
             )
 
+    def record(self, task: str, path: str | Path) -> float:
+        """Keep the first episode of :meth:`evaluate` as a GIF: with the trunk that answers for the task.
+
+        Returns:
+            Its return.
+
+        Raises:
+            ConfigError: there is no such task, or it cannot be drawn here. UserError: ``path`` does not end in .gif.
+        """
+        with self._at(self._stage_of(task)), evaluation_mode(self.agent):
+            return self.environments[task].record(self.learner.acting(task), EVALUATION_SEED, path)
+
     @contextmanager
     def _at(self, stage: int | None) -> Iterator[None]:
         now = self.staged is None or stage is None or stage == self.staged.stage
@@ -227,10 +239,9 @@ class ScaleZero:
 
     def _conclude(self) -> None:
         """Evaluate what was solved once more, with the agent of now and with the trunk of its stage."""
-        for task in self.environments:
-            solve = self.ledger.solved(task)
-            if solve is not None:
-                live, prefix = (self.evaluate(task, stage) for stage in (None, solve.stage))
+        for task, record in self.ledger.tasks.items():
+            if record.solves and record.stopped is None:  # also where it was opened again since
+                live, prefix = (self.evaluate(task, stage) for stage in (None, record.solves[-1].stage))
                 ends = [sum(returns) / len(returns) for returns in (live, prefix)]
                 self.ledger.retain(task, "end", ends[0], self.iteration, ends[1] if self.staged is not None else None)
         self.save()

@@ -7,11 +7,13 @@
 Arms: ``joint`` plays all tasks until all are solved; ``prune`` plays solved tasks no more; ``adapters`` has stages and
 plays all tasks; ``dps`` prunes and has stages; ``prefix`` is ``dps`` with solved tasks answered by the trunk of their
 stage. A task is solved when the mean of 20 episodes, always the same, reaches its target for the first time.
+
+Each run leaves a page, ``scalezero.html``, and a film of each task it solved; all together ``arms.json``, ``.csv``,
+``.md`` and ``.html``. Figures are drawn with plotly: pip install 'moelora[rl,viz]'.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +21,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from moelora.analysis.figures import require_plotly
 from moelora.trainers import Ledger, ScaleZero
-from moelora.trainers.progress_ledger import ratio
+from moelora.trainers.scalezero_report import write_arms, write_report
 
 ARMS: dict[str, dict[str, Any]] = {
     "joint": {"prune": False, "stages": None},
@@ -45,23 +48,12 @@ def finished(arm: str, seed: int, steps: int, out: Path) -> Ledger:
                 "seed": seed,
             }
         )
-        run.run(resume=(folder / "state").exists())
+        ledger = run.run(resume=(folder / "state").exists())
+        for task in ledger.tasks:
+            if ledger.solved(task) is not None:
+                run.record(task, folder / f"{task}.gif")
+        write_report(folder)
     return Ledger.load(folder / "ledger.json")
-
-
-def row(arm: str, ledgers: list[Ledger]) -> dict[str, Any]:
-    """One line of the table, over the seeds."""
-    tasks = sum(len(ledger.tasks) for ledger in ledgers)
-    prefix = arm == "prefix"
-    return {
-        "arm": arm,
-        "seeds": [ledger.seed for ledger in ledgers],
-        "environment_steps": [ledger.interactions for ledger in ledgers],
-        "solved": sum(ledger.solved(task) is not None for ledger in ledgers for task in ledger.tasks),
-        "tasks": tasks,
-        "below_target_at_the_end": sum(len(ledger.below_target(prefix)) for ledger in ledgers),
-        "last_stage": [ledger.switches[-1].stage if ledger.switches else 0 for ledger in ledgers],
-    }
 
 
 def main(
@@ -72,6 +64,7 @@ def main(
     minutes: Annotated[float | None, typer.Option(help="Start no run after so many.")] = None,
 ) -> None:
     """Hold the arms of ScaleZero against each other."""
+    require_plotly()  # before hours of runs, not after
     torch.set_num_threads(1)
     wanted = arms.split(",")
     if unknown := [arm for arm in wanted if arm not in ARMS]:
@@ -85,14 +78,11 @@ def main(
                 runs[arm].append(ledger)
                 solved = sum(ledger.solved(task) is not None for task in ledger.tasks)
                 print(f"{arm}, seed {seed}: {solved} solved after {ledger.interactions:,} steps", flush=True)
-    table = [row(arm, ledgers) for arm, ledgers in runs.items() if ledgers]
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    for line in table:
-        print(json.dumps(line))
-    # A saving is told beside that of pruning alone, or not at all.
-    for arm in ("adapters", "dps"):
-        if all(len(runs.get(each, [])) == seeds for each in (arm, "joint", "prune")):
-            print(ratio(runs[arm], runs["joint"], runs["prune"]))
+    over = {arm: ledgers for arm, ledgers in runs.items() if ledgers}
+    if over:
+        page = write_arms(over, out)
+        print(page.with_suffix(".md").read_text(encoding="utf-8"))
+        print(page)
 
 
 if __name__ == "__main__":

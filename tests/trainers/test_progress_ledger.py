@@ -130,6 +130,8 @@ def test_a_saving_is_told_beside_pruning_alone() -> None:
         ratio(dps, prune, prune)
     with pytest.raises(ConfigError, match="runs: no runs"):
         ratio([], joint, prune)
+    with pytest.raises(ConfigError, match="reference: no runs"):
+        ratio(dps, [], prune)
     with pytest.raises(ConfigError, match=r"prune: seeds \[0, 1\], and those of the reference are \[0, 1, 2\]"):
         ratio(dps, joint, prune[:2])
     with pytest.raises(ConfigError, match="one run for each seed"):
