@@ -31,6 +31,7 @@ NEEDING = {
         "rl/test_environments.py",
         "rl/test_environments_errors.py",
         "rl/test_environments_workers.py",
+        "rl/test_world_learner.py",
         "trainers/test_scalezero.py",
         "trainers/test_scalezero_report.py",
     ],

@@ -26,7 +26,7 @@ from .ppo import PPOBatch, advantages, ppo_update
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
-LEARNERS: Registry[Any] = Registry("learner of reinforcement learning", "moelora.rl.learners")
+LEARNERS: Registry[Any] = Registry("learner of reinforcement learning", "moelora.rl.world_learner")
 
 
 class LearnerConfig(Pluggable):

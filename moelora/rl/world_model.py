@@ -143,18 +143,39 @@ class WorldModel(nn.Module):
         target.zero_grad()
         return target
 
+    def _fits(self, target: Mapping[str, Tensor]) -> bool:
+        """Whether a target network is of the stage that the agent is in."""
+        ours, theirs = ({key: value.shape for key, value in each.items()} for each in (self.agent.state_dict(), target))
+        return ours == theirs
+
+    def renew_target(self) -> bool:
+        """Where the agent went on to another stage, the target network becomes a copy of it; whether it did."""
+        if self._fits(self.target.state_dict()):
+            return False
+        self.target = self._copy()
+        return True
+
     @torch.no_grad()
     def update_target(self) -> None:
         """Let the target network follow. When the agent went on to another stage, it becomes a copy of it."""
-        new, old = self.agent.state_dict(), self.target.state_dict()
-        if {key: value.shape for key, value in new.items()} != {key: value.shape for key, value in old.items()}:
-            self.target = self._copy()
+        if self.renew_target():
             return
-        for key, value in new.items():
+        old = self.target.state_dict()
+        for key, value in self.agent.state_dict().items():
             if value.is_floating_point():
                 old[key].lerp_(value, self.config.target_momentum)
             else:
                 old[key].copy_(value)
+
+    def load_target(self, state: Mapping[str, Tensor]) -> None:
+        """Take the target network from a checkpoint, whose agent is loaded already.
+
+        One that is of the stage before the agent's, saved between a switch and the next update, is renewed, as that
+        update would do.
+        """
+        self.target = self._copy()
+        if self._fits(state):
+            self.target.load_state_dict(state)
 
     @torch.no_grad()
     def value_targets(self, task: str, segments: Segments) -> Tensor:
