@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .scalezero_report import Moment
 
 ACROSS = 2  # tasks beside each other
+KEPT = {"when solved": ("circle", MUTED), "end, live": ("square", ORANGE), "end, prefix": ("diamond", BLUE)}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
@@ -31,7 +32,8 @@ def returns(moments: Sequence[Moment], targets: Mapping[str, float]) -> Figure:
             y=[round(moment.returns[task], 3) for moment in told],
             mode="lines+markers",
             line={"color": BLUE, "width": 2},
-            marker={key: [look[key] for look in looks] for key in ("symbol", "size", "color")},
+            marker={"opacity": 1, **{key: [look[key] for look in looks] for key in ("symbol", "size", "color")}},
+            cliponaxis=False,
             hovertemplate="%{y:.1f} after %{x:,} steps<extra></extra>",
         )
         row, column = _cell(place)
@@ -40,7 +42,7 @@ def returns(moments: Sequence[Moment], targets: Mapping[str, float]) -> Figure:
         for moment in moments:
             if moment.switched:
                 figure.add_vline(x=moment.spent, line=_between_stages(), row=row, col=column)
-    figure.update_xaxes(range=[0, moments[-1].spent if moments else 1])
+    figure.update_xaxes(range=[0, 1.02 * moments[-1].spent if moments else 1])
     return figure
 
 
@@ -55,9 +57,10 @@ def pool(moments: Sequence[Moment], count: int) -> Figure:
         marker={"size": 6},
         hovertemplate="%{y} solved after %{x:,} steps: %{text}<extra></extra>",
     )
-    figure = blank([trace], height=300)
+    figure = blank([trace], height=360)
     label_axes(figure, "environment steps of all tasks", "solved tasks")
-    figure.update_yaxes(range=[-0.2, count + 0.3], dtick=1, showgrid=True, gridcolor=GRID)
+    # Above the curve there is room for the reasons.
+    figure.update_yaxes(range=[-0.2, 1.6 * count], tickvals=list(range(count + 1)), showgrid=True, gridcolor=GRID)
     for moment in moments:
         if moment.switched:
             says = {"text": f"stage {moment.stage}: {html.escape(moment.reason)}", "textangle": -90, "yanchor": "top"}
@@ -89,19 +92,21 @@ def retention(records: Mapping[str, TaskRecord], targets: Mapping[str, float]) -
     for place, (task, record) in enumerate(records.items()):
         found = kept(record)
         shown = {name: round(value, 3) for name, value in found.items() if value is not None}
-        colours = {"when solved": MUTED, "end, live": ORANGE, "end, prefix": BLUE}
-        bars = graph_objects().Bar(
+        looks = [KEPT[name] for name in shown]
+        marks = graph_objects().Scatter(
             y=list(shown),
             x=list(shown.values()),
-            orientation="h",
-            marker={"color": [colours[name] for name in shown]},
+            mode="markers+text",
+            marker={"color": [colour for _, colour in looks], "symbol": [mark for mark, _ in looks], "size": 11},
             texttemplate="%{x:.1f}",
+            textposition="top center",
+            cliponaxis=False,
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
         row, column = _cell(place)
-        figure.add_trace(bars, row=row, col=column)
+        figure.add_trace(marks, row=row, col=column)
         figure.add_vline(x=targets[task], line={"color": INK, "dash": "dash", "width": 1}, row=row, col=column)
-    figure.update_yaxes(autorange="reversed", type="category", automargin=True, showgrid=False)
+    figure.update_yaxes(type="category", range=[len(KEPT) - 0.4, -0.7], automargin=True)
     return figure
 
 
@@ -109,11 +114,9 @@ def kept(record: TaskRecord) -> dict[str, float | None]:
     """A task's return when it was solved for the last time, at the end of the run, and there with its prefix."""
     solve = next((entry for entry in reversed(record.retention) if entry.when == "solve"), None)
     end = next((entry for entry in reversed(record.retention) if entry.when == "end"), None)
-    return {
-        "when solved": None if solve is None else solve.metric,
-        "end, live": None if end is None else end.metric,
-        "end, prefix": None if end is None else end.prefix,
-    }
+    at_solve = None if solve is None else solve.metric
+    live, prefix = (None, None) if end is None else (end.metric, end.prefix)
+    return dict(zip(KEPT, (at_solve, live, prefix), strict=True))
 
 
 def totals(runs: Mapping[str, Sequence[Ledger]]) -> Figure:
@@ -154,6 +157,7 @@ def when_solved(runs: Mapping[str, Sequence[Ledger]]) -> Figure:
                 text=[f"seed {seed}" for _, seed, _ in points],
                 name=html.escape(arm),
                 mode="markers",
+                orientation="h",  # arms lie below each other, each value where it is
                 marker={"color": colour, "symbol": mark, "size": 9},
                 opacity=0.75,
                 hovertemplate="%{y}, %{text}: %{x:,} steps",

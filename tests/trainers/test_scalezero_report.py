@@ -13,7 +13,7 @@ from PIL import Image
 from moelora.errors import DataError
 from moelora.trainers import Ledger, ScaleZero
 from moelora.trainers.progress_ledger import Solve, Switch
-from moelora.trainers.scalezero_figures import pool, retention, returns
+from moelora.trainers.scalezero_figures import pool, retention, returns, totals, when_solved
 from moelora.trainers.scalezero_report import read_log, write_arms, write_report
 
 CART = {"id": "CartPole-v1", "max_episode_steps": 20}
@@ -72,8 +72,8 @@ def test_figures_show_what_the_log_says(run: ScaleZero) -> None:
     solved = pool(moments, 2)
     assert list(solved.data[0].y) == [0, *[1] * len(moments)]
     assert [note.text for note in solved.layout.annotations] == [f"stage {m.stage}: {m.reason}" for m in ends]
-    (bars,) = retention({"one": run.ledger.tasks["one"]}, TARGETS).data
-    assert list(bars.y) == ["when solved", "end, live", "end, prefix"] and bars.x[0] == bars.x[2]
+    (marks,) = retention({"one": run.ledger.tasks["one"]}, TARGETS).data
+    assert list(marks.y) == ["when solved", "end, live", "end, prefix"] and marks.x[0] == marks.x[2]
 
 
 def test_a_run_that_goes_on_has_a_page_too_and_what_is_no_run_has_none(run: ScaleZero, tmp_path: Path) -> None:
@@ -159,6 +159,18 @@ def test_arms_side_by_side(tmp_path: Path) -> None:
     assert rows[-1]["complete"] == "False" and rows[0]["below_prefix"] == ""
     text = path.read_text(encoding="utf-8")
     assert "dps &lt;b&gt;" in text and "<td>dps <b>" not in text
+
+
+def test_figures_of_arms_show_every_run_where_it_is() -> None:
+    joint, prune, dps = totals(arms()).data
+    assert (list(joint.x), list(prune.x), list(dps.x)) == ([1000, 1000], [600, 800], [500, 1100])
+    assert list(dps.marker.symbol) == ["diamond", "diamond-open"]
+    figure = when_solved(arms())
+    assert [list(zip(trace.y, trace.x, strict=True)) for trace in figure.data[1:]] == [
+        [("one", 100), ("one", 100), ("two", 500), ("two", 700)],
+        [("one", 100), ("one", 100), ("two", 400)],
+    ]
+    assert {trace.orientation for trace in figure.data} == {"h"}, "arms would be shifted along the numbers"
 
 
 @pytest.mark.parametrize("missing", ["joint", "prune"])
