@@ -113,7 +113,7 @@ def _render(config: ScaleZeroConfig, moments: Sequence[Moment], ledger: Ledger |
     solved = {} if ledger is None else {task: record for task, record in ledger.tasks.items() if record.solves}
     if solved:
         text = "Mean returns; dashed is the target. <b>Live</b>: with the agent of the end. <b>Prefix</b>: with the "
-        text += "trunk as it was in the stage of the solution."
+        text += "trunk as it was at the end of the stage in which the task was solved; it had gone on learning others."
         parts.append(section("kept", "What is left of it?", text, figures.retention(solved, targets)))
     return page("ScaleZero", parts)
 
@@ -199,8 +199,9 @@ class ArmRow:
 HEAD = ("arm", "environment steps", "solved", "below target, live", "below target, prefix", "last stage")
 LEGEND = (
     "Environment steps of each seed until the run ended; ≥ where not every task was solved. Below target: tasks that "
-    "were solved and, at the end, no longer reach their target, with the agent of then (live) or with the trunk of the "
-    "stage in which they were solved (prefix). Counts are over the seeds."
+    "were solved and, at the end, no longer reach their target, with the agent of then (live) or with the trunk as the "
+    "stage in which they were solved left it (prefix), which went on learning other tasks after the solution. Counts "
+    "are over the seeds."
 )
 
 
