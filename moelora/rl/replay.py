@@ -76,7 +76,7 @@ class Replay:
         Args:
             absorbing: behind a step that terminated, so many steps of no reward go on, as far as there is room. They
                 take actions at random, stay at the last observation, and have no policy to learn, as in MuZero
-                (appendix G).
+                (appendix A).
             generator: on the CPU.
         """
         table = self.table
