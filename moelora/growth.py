@@ -62,6 +62,11 @@ def begin_task(model: MoELoRAModel) -> None:
     logger.info(done, adapter, len(growing), count)
 
 
+def staged_banks(model: MoELoRAModel) -> list[StagedExperts]:
+    """The experts of kind ``staged``, of all sites."""
+    return [bank for each in model.containers().values() for bank in each.banks() if isinstance(bank, StagedExperts)]
+
+
 @contextmanager
 def at_stage(model: MoELoRAModel, stage: int) -> Iterator[None]:
     """Within the block the experts of kind ``staged`` are what they were at the end of a stage, bit for bit.
@@ -75,7 +80,7 @@ def at_stage(model: MoELoRAModel, stage: int) -> Iterator[None]:
         ConfigError: the model has no such experts.
         UserError: no such stage.
     """
-    banks = [bank for each in model.containers().values() for bank in each.banks() if isinstance(bank, StagedExperts)]
+    banks = staged_banks(model)
     if not banks:
         kinds = sorted({site.experts.kind for site in model.mixture.sites})
         raise ConfigError(

@@ -21,8 +21,8 @@ from ..data import Example, RecipeData, TokenizedSet
 from ..data.chat import Row
 from ..errors import CheckpointError, ConfigError
 from ..evaluation.labels import teacher_forced_match
-from ..experts.container import Container
-from ..experts.staged import StagedExperts, showing
+from ..experts.staged import showing
+from ..growth import staged_banks
 from ..mixture import MoELoRAModel
 from .progress import Decision, ProgressConfig, ProgressScheduler
 from .progress_gather import gather_evaluations
@@ -213,7 +213,7 @@ class ProgressHost(TrainerCallback, ExportableState):
     ) -> None:
         solved = {task: record for task in self.test if (record := self.ledger.solved(task)) is not None}
         live = self.evaluate(model, args, tuple(solved))
-        banks = _staged(model)
+        banks = staged_banks(model)
         for stage in sorted({record.stage for record in solved.values()}):
             tasks = tuple(task for task, record in solved.items() if record.stage == stage)
             with showing(banks, stage + 1):  # the first stage has an adapter already
@@ -249,7 +249,7 @@ class ProgressHost(TrainerCallback, ExportableState):
     def catch_up(model: MoELoRAModel, folder: Path) -> None:
         """Grow a fresh model to the stage of a checkpoint, whose tensors are filled in next."""
         saved = _saved(load_mapping(folder / "trainer_state.json").get("stateful_callbacks", {}))
-        banks = _staged(model)
+        banks = staged_banks(model)
         if saved is not None and banks:
             for _ in range(len(banks[0].ranks), saved["scheduler"]["stage"] + 1):
                 model.begin_task()
@@ -294,7 +294,7 @@ def host_progress(
 def _check_growth(config: SFTProgress, model: MoELoRAModel, args: TrainingArguments) -> None:
     if config.num_stages == 1:
         return
-    banks = _staged(model)
+    banks = staged_banks(model)
     where = f"trainer.progress.num_stages is {config.num_stages}"
     if not banks:
         raise ConfigError(
@@ -311,11 +311,6 @@ def _check_growth(config: SFTProgress, model: MoELoRAModel, args: TrainingArgume
             f"{where}: stages are added in a run of one process, without load_best_model_at_end (the best model may be "
             "of an earlier stage); set it to 1 to prune alone"
         )
-
-
-def _staged(model: MoELoRAModel) -> list[StagedExperts]:
-    containers: list[Container] = list(model.containers().values())
-    return [bank for container in containers for bank in container.banks() if isinstance(bank, StagedExperts)]
 
 
 def _saved(callbacks: Any) -> dict[str, Any] | None:

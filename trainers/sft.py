@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
@@ -170,13 +169,6 @@ def known_arguments(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def collator_for(model: MoELoRAModel, pad_token_id: int, packing: bool) -> data.Collator:
-    """What makes batches; the output layer runs on answers alone where the backbone can be told so."""
-    known = inspect.signature(model.backbone.forward).parameters
-    answers_only = not packing and {"logits_to_keep", "position_ids"} <= set(known)
-    return data.Collator(pad_token_id, with_task_ids=True, answers_only=answers_only)
-
-
 class SFTTrainer(MixtureTrainer):
     """:class:`MixtureTrainer` for tokenised examples; usable by itself.
 
@@ -299,7 +291,7 @@ class SFT:
         return cls.Trainer(
             model,
             args,
-            data_collator=collator_for(model, tokenizer.pad_token_id, recipe.packing),
+            data_collator=data.Collator.fitting(model.backbone, tokenizer.pad_token_id, recipe.packing),
             train_dataset=options["progress"].rows if "progress" in options else train,
             eval_dataset=test,
             processing_class=tokenizer,

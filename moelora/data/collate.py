@@ -5,9 +5,10 @@ Shapes: B batch, S sequence (the longest of the batch).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -36,6 +37,13 @@ class Collator:
     padding_side: Literal["left", "right"] = "right"
     with_task_ids: bool = False
     answers_only: bool = False
+
+    @classmethod
+    def fitting(cls, backbone: Any, pad_token_id: int, packing: bool = False) -> Self:
+        """For training on ``backbone``, with ``task_ids``: with ``answers_only`` where it can be told so."""
+        known = set(inspect.signature(backbone.forward).parameters)
+        answers_only = not packing and {"logits_to_keep", "position_ids"} <= known
+        return cls(pad_token_id, with_task_ids=True, answers_only=answers_only)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """``input_ids``, ``attention_mask``, ``labels``: (B, S) int64; ``task_ids``: (B,) int64 if wanted.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,6 @@ def prepare(settings: Settings, console: Console) -> Plan:
     console.print(f"Loading {recipe.backbone.name} ({recipe.backbone.quantization or 'as stored'}) ...")
     backbone, tokenizer = load_backbone(recipe.backbone)
     train = tokenize(examples.train, tokenizer, recipe.max_length)
-    answers_only = "logits_to_keep" in inspect.signature(backbone.forward).parameters
     plan = Plan(
         recipe=recipe,
         output=settings.output,
@@ -103,7 +101,7 @@ def prepare(settings: Settings, console: Console) -> Plan:
         train=train,
         train_examples=examples.train,
         test=examples.test,
-        collate=Collator(tokenizer.pad_token_id, with_task_ids=True, answers_only=answers_only),
+        collate=Collator.fitting(backbone, tokenizer.pad_token_id),
     )
     console.print(
         f"{len(train)} training and {len(plan.test)} test questions of {len(train.tasks)} tasks "

@@ -22,7 +22,7 @@ from .checks import TaskError
 from .environments import Step, TaskEnvironments
 from .evaluating import Act
 from .model_config import PPOConfig
-from .ppo import PPOBatch, advantages, ppo_update
+from .ppo import Acted, PPOBatch, act, act_together, advantages, ppo_update
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -180,7 +180,7 @@ class PPOLearner(Learner[PPOLearnerConfig]):
         self._kept: dict[str, list[_Kept]] = {task: [] for task in tasks}
 
     def choose(self, task: str, context: Context) -> Tensor:
-        return act_together(self.agent, {task: context})[task].actions
+        return act(self.agent, task, context).actions
 
     def choose_all(self, tasks: Sequence[str]) -> dict[str, Tensor]:
         self._acted = act_together(self.agent, {task: self.contexts[task] for task in tasks}, self.generator)
@@ -191,13 +191,13 @@ class PPOLearner(Learner[PPOLearnerConfig]):
         last = torch.zeros(len(ended))
         if ended.any():
             after = self.windows[task].look(torch.from_numpy(step.final_observations), actions).at(ended)
-            last[ended] = act_together(self.agent, {task: after})[task].values
+            last[ended] = act(self.agent, task, after).values
         self._kept[task].append(_Kept(context, self._acted[task], step, last))
 
     def _batch(self, task: str) -> PPOBatch:
         kept = self._kept[task]
         values = [each.acted.values for each in kept]
-        ahead = [*values[1:], act_together(self.agent, {task: self.contexts[task]})[task].values]
+        ahead = [*values[1:], act(self.agent, task, self.contexts[task]).values]
         cut = [torch.from_numpy(each.step.truncated) for each in kept]
         following = [torch.where(t, each.last, v) for t, each, v in zip(cut, kept, ahead, strict=True)]
         gains, returns = advantages(
@@ -220,40 +220,6 @@ class PPOLearner(Learner[PPOLearnerConfig]):
         batches = {task: self._batch(task) for task in tasks}
         self._kept = {}
         return ppo_update(self.agent, optimizer, batches, self.config, self.generator)
-
-
-@dataclass(frozen=True)
-class Acted:
-    """(N,) actions of one task, their log probabilities, and the values of the newest observations."""
-
-    actions: Tensor
-    log_probs: Tensor
-    values: Tensor
-
-
-@torch.no_grad()
-def act_together(
-    agent: Agent, contexts: Mapping[str, Context], generator: torch.Generator | None = None
-) -> dict[str, Acted]:
-    """As :func:`~moelora.rl.ppo.act` for several tasks, whose tokens go through the trunk in one pass.
-
-    Args:
-        contexts: by task; all of the same C.
-    """
-    read = {task: agent.tokens(task, context) for task, context in contexts.items()}
-    tokens, masks = zip(*read.values(), strict=True)
-    hidden, _ = agent.trunk(torch.cat(tokens), torch.cat(masks))
-    found = {}
-    for task, own in zip(read, hidden[:, -1].split([len(each) for each in tokens]), strict=True):
-        part = agent.part(task)
-        log_probs = part.policy_head(own).float().log_softmax(-1)
-        if generator is None:
-            actions = log_probs.argmax(-1)
-        else:
-            actions = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
-        chosen = log_probs.gather(-1, actions[:, None])[:, 0]
-        found[task] = Acted(actions, chosen, part.support.scalar(part.value_head(own)))
-    return found
 
 
 def _columns(each: Sequence[Tensor]) -> Tensor:

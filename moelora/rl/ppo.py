@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,23 +48,43 @@ class PPOBatch:
         )
 
 
+class Acted(NamedTuple):
+    """(N,) actions of one task, their log probabilities, and the values of the newest observations."""
+
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+
+
 @torch.no_grad()
-def act(
-    agent: Agent, task: str, context: Context, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) actions, their log probabilities, and the values of the newest observations.
+def act_together(
+    agent: Agent, contexts: Mapping[str, Context], generator: torch.Generator | None = None
+) -> dict[str, Acted]:
+    """What to do in several tasks, whose tokens go through the trunk in one pass.
 
     Args:
-        generator: draws the actions, on the device of the agent; without it each is the likeliest, as in evaluation.
+        contexts: by task; all of the same C. generator: draws the actions, on the device of the agent; without it each
+            is the likeliest, as in evaluation.
     """
-    logits, value_logits = agent.policy_value(task, context)
-    log_probs = logits.float().log_softmax(-1)
-    if generator is None:
-        actions = log_probs.argmax(-1)
-    else:
-        actions = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
-    values = agent.part(task).support.scalar(value_logits)
-    return actions, log_probs.gather(-1, actions[:, None])[:, 0], values
+    read = {task: agent.tokens(task, context) for task, context in contexts.items()}
+    tokens, masks = zip(*read.values(), strict=True)
+    hidden, _ = agent.trunk(torch.cat(tokens), torch.cat(masks))
+    found = {}
+    for task, own in zip(read, hidden[:, -1].split([len(each) for each in tokens]), strict=True):
+        part = agent.part(task)
+        log_probs = part.policy_head(own).float().log_softmax(-1)
+        if generator is None:
+            actions = log_probs.argmax(-1)
+        else:
+            actions = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+        chosen = log_probs.gather(-1, actions[:, None])[:, 0]
+        found[task] = Acted(actions, chosen, part.support.scalar(part.value_head(own)))
+    return found
+
+
+def act(agent: Agent, task: str, context: Context, generator: torch.Generator | None = None) -> Acted:
+    """:func:`act_together` for one task."""
+    return act_together(agent, {task: context}, generator)[task]
 
 
 def advantages(
